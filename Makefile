@@ -1,0 +1,69 @@
+# The two commands of README: `make quickstart` and `make test`. Everything happens in .venv; a second call installs nothing.
+# Another interpreter: make test PYTHON=python3.12. Other pytest arguments: make test PYTEST_ARGS="-k estimators".
+
+PYTHON ?= python3
+PYTEST_ARGS ?= -n 2
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
+
+# Everything in benchmarks/ but the script that only writes README's table.
+BENCHMARKS = $(filter-out benchmarks/results_table.py,$(sort $(wildcard benchmarks/*.py)))
+
+.PHONY: help quickstart install test test-slow lint format typecheck bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make quickstart   install abste[train] into .venv and train a small binary network on embedded data"
+	@echo "make test         install what tests need and run the fast tests"
+	@echo "make test-slow    run the tests that take minutes or measure speed"
+	@echo "make lint         ruff check and ruff format --check"
+	@echo "make format       let ruff fix and format"
+	@echo "make typecheck    mypy"
+	@echo "make bench        the benchmarks behind README's numbers"
+	@echo "make clean        remove .venv and caches; runs/ stays"
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "make: abste needs Python 3.11 or newer and '$(PYTHON)' is not: name one, as in 'make test PYTHON=python3.12'." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "make: '$(PYTHON) -m venv' failed: install your system's venv package (Debian: python3-venv) and try again." >&2; exit 1; }
+
+# torch and torchvision are resolved in one pip command, so that their builds match.
+$(VENV)/.train: pyproject.toml src/abste/_version.py | $(BIN)/pip
+	$(PIP_INSTALL) -e ".[train]"
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml src/abste/_version.py | $(BIN)/pip
+	$(PIP_INSTALL) -e ".[train,dev]"
+	@touch $(VENV)/.train $@
+
+install: $(VENV)/.dev
+
+quickstart: $(VENV)/.train
+	$(BIN)/abste quickstart
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# One process: tests that measure time must not share the machine.
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: $(VENV)/.dev
+	$(BIN)/mypy
+
+bench: $(VENV)/.train
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,124 @@
+"""Write README's table of results from results/*/summary.json.
+
+    python benchmarks/results_table.py            # rewrites what stands between the markers in README.md
+    python benchmarks/results_table.py --check    # changes nothing; exits 1 where README is not up to date
+
+A run is listed where its summary has a test accuracy: runs scored on held-out training images are not results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+
+# What CIFAR-10 runs of the shipped recipes must reach, in percent, by network and W/A.
+FLOORS = {("resnet20", "32/32"): 90.5, ("resnet20", "1/32"): 88.5, ("resnet20_bireal", "1/1"): 81.0}
+
+RIGHT = {"Epochs", "Seed", "Test accuracy, %", "Floor, %", "Time, min"}
+
+
+def bits(binarize: dict[str, Any]) -> str:
+    """Bits of weights and activations, as the literature writes them."""
+    return "/".join("1" if binarize.get(role) else "32" for role in ("weights", "activations"))
+
+
+def estimator(binarize: dict[str, Any]) -> str:
+    """The estimators of weights and activations, one name where they agree."""
+
+    def text(spec: Any) -> str:
+        if isinstance(spec, str):
+            return f"`{spec}`"
+        arguments = ", ".join(f"{key}={value}" for key, value in spec.items() if key != "name")
+        return f"`{spec['name']}`" + (f" ({arguments})" if arguments else "")
+
+    names = [text(binarize[role]) for role in ("weights", "activations") if binarize.get(role)]
+    if not names:
+        return "none (float)"
+    return names[0] if len(set(names)) == 1 else f"W {names[0]}, A {names[1]}"
+
+
+def machine(environment: dict[str, Any]) -> str:
+    """Where a run ran and with what."""
+    device = environment.get("gpu") or f"{environment['threads']} threads of {environment['cpu']}"
+    versions = ", ".join(f"{name} {environment[name]}" for name in ("abste", "python", "torch", "lightning-fabric"))
+    return f"{device}; {versions}"
+
+
+def described(run: str, summary: dict[str, Any]) -> dict[str, Any]:
+    """The cells of one run, still without the number of its machine."""
+    recipe, cost, git = summary["recipe"], summary["cost"], summary["git"]
+    binarize = recipe.get("binarize") or {}
+    network, wa = recipe["model"]["name"], bits(binarize)
+    accuracy = f"{100 * summary['test']['accuracy']:.2f}"
+    if "averaged" in summary:
+        accuracy += f" (averaged weights: {100 * summary['averaged']['test']['accuracy']:.2f})"
+    return {
+        "Run": f"[{run}](results/{run})",
+        "Network": network,
+        "W/A": wa,
+        "Estimator": estimator(binarize),
+        "Epochs": cost["epochs"],
+        "Seed": recipe["train"]["seed"],
+        "Test accuracy, %": accuracy,
+        "Floor, %": FLOORS.get((network, wa), "") if recipe["data"]["name"] == "cifar10" else "",
+        "Time, min": f"{cost['seconds'] / 60:.0f}",
+        "Machine": machine(summary["environment"]),
+        "Commit": "" if git is None else f"`{git['commit'][:10]}`" + (" and changes" if git["modified"] else ""),
+    }
+
+
+def table(summaries: dict[str, dict[str, Any]]) -> str:
+    """The Markdown between the markers, from summaries by the name of their run."""
+    if not summaries:
+        return "No run is committed yet."
+    order = ["32/32", "1/32", "1/1"]
+    rows = [described(run, summary) for run, summary in summaries.items()]
+    rows.sort(key=lambda row: (order.index(row["W/A"]) if row["W/A"] in order else len(order), row["Run"]))
+    machines = list(dict.fromkeys(row["Machine"] for row in rows))
+    for row in rows:
+        row["Machine"] = machines.index(row["Machine"]) + 1
+    columns = list(rows[0])
+    rule = ["---:" if column in RIGHT else "---" for column in columns]
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (columns, rule, *(row.values() for row in rows))]
+    notes = [f"Machine {number}: {where}." for number, where in enumerate(machines, 1)]
+    return "\n".join([*lines, "", "  \n".join(notes)])
+
+
+def replaced(text: str, block: str) -> str:
+    """README's text with `block` between its markers."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"results_table: README has no {BEGIN} ... {END}.")
+    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="only say whether README is up to date")
+    parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of run directories")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file with the markers")
+    arguments = parser.parse_args()
+    found = {file.parent.name: json.loads(file.read_text("utf-8")) for file in arguments.results.glob("*/summary.json")}
+    summaries = {run: summary for run, summary in sorted(found.items()) if "test" in summary}
+    old = arguments.readme.read_text(encoding="utf-8")
+    new = replaced(old, table(summaries))
+    if arguments.check:
+        if old != new:
+            print(
+                "README's results are not those of results/: run python benchmarks/results_table.py.", file=sys.stderr
+            )
+        return int(old != new)
+    arguments.readme.write_text(new, encoding="utf-8")
+    print(f"{arguments.readme.name}: {len(summaries)} runs")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

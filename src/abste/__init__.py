@@ -1,0 +1,59 @@
+"""Train binary neural networks in PyTorch with AB-STE.
+
+``import abste`` needs numpy alone. What trains needs ``pip install "abste[train]"`` and is imported when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from abste._version import __version__
+
+if TYPE_CHECKING:
+    from abste import data, estimators, models, nn, train
+    from abste.estimators import EstimatorSchedule
+    from abste.nn import convert, parameter_groups, summary
+    from abste.train import load_run
+
+_MODULES = ("data", "estimators", "models", "nn", "train")
+_NAMES = {
+    "EstimatorSchedule": "abste.estimators",
+    "convert": "abste.nn",
+    "load_run": "abste.train",
+    "parameter_groups": "abste.nn",
+    "summary": "abste.nn",
+}
+
+__all__ = [
+    "EstimatorSchedule",
+    "__version__",
+    "convert",
+    "data",
+    "estimators",
+    "load_run",
+    "models",
+    "nn",
+    "parameter_groups",
+    "summary",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES and name not in _NAMES:
+        raise AttributeError(f"module 'abste' has no attribute {name!r}")
+    home = _NAMES.get(name, f"abste.{name}")
+    try:
+        module = importlib.import_module(home)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == "abste":
+            raise
+        raise ImportError(f"abste.{name} needs {error.name}: pip install 'abste[train]'") from error
+    value = module if name in _MODULES else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,314 @@
+"""The command line: parses, calls the library, prints. What needs torch is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import tomllib
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from abste.errors import AbsteError
+
+_EXTRA = ("torch", "torchvision", "lightning_fabric", "pydantic", "tomli_w", "safetensors", "tensorboard", "sklearn")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and give its exit status: 0, 2 for an error of the user's, 130 and 143 after a signal."""
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
+    except AbsteError as error:
+        rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
+        who = "abste" if rank == "0" else f"abste (rank {rank})"
+        print(f"{who}: error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package not in _EXTRA:
+            raise
+        print(f'abste: error: this command needs {package}; install it with: pip install "abste[train]"', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("abste: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _version() -> str:
+    try:
+        return metadata.version("abste")
+    except metadata.PackageNotFoundError:
+        return "unknown (not installed)"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="abste",
+        description="Train binary neural networks with adaptive blended straight-through estimators.",
+        epilog="Start with `abste quickstart`, which needs no data and no arguments.",
+    )
+    parser.add_argument("--version", action="version", version=f"abste {_version()}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Any, summary: str, examples: str = "") -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=f"examples:\n{examples}" if examples else None,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command(
+        "quickstart",
+        _quickstart,
+        "train a small binary network on embedded data and evaluate it",
+        "  abste quickstart\n  abste quickstart --out runs/first --set train.epochs=5",
+    )
+    sub.add_argument("--out", metavar="DIR", help="run directory (default: a new one, runs/quickstart...)")
+    _add_set(sub)
+
+    sub = command(
+        "recipes",
+        _recipes,
+        "list the built-in recipes, or print one in full",
+        "  abste recipes\n  abste recipes cifar10-resnet20-w1a32 > mine.toml",
+    )
+    sub.add_argument("recipe", nargs="?", metavar="RECIPE", help="print this recipe, with everything it extends")
+
+    sub = command(
+        "train",
+        _train,
+        "train a network as a recipe says",
+        "  abste train cifar10-resnet20-w1a32 --data data --out runs/r20\n"
+        "  abste train cifar10-resnet20-w1a32 --data data --out runs/r20 --resume\n"
+        "  abste train cifar10-resnet20-w1a1 --data data --out runs/w1a1 --set optimizer.lr=0.2 --seed 1\n"
+        "  torchrun --nproc-per-node 2 -m abste train mine.toml --data data --out runs/mine",
+    )
+    sub.add_argument("recipe", metavar="RECIPE", help="built-in recipe (see `abste recipes`) or a TOML file")
+    _add_data(sub)
+    sub.add_argument("--out", required=True, metavar="DIR", help="run directory: everything about the run goes there")
+    _add_set(sub)
+    sub.add_argument("--seed", type=int, metavar="N", help="short for --set train.seed=N")
+    sub.add_argument("--threads", type=int, metavar="N", help="CPU threads; short for --set train.threads=N")
+    sub.add_argument("--precision", metavar="P", help="32-true, bf16-mixed or 16-mixed; short for --set train.precision=P")
+    sub.add_argument("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
+    sub.add_argument("--max-minutes", type=float, metavar="M", help="stop cleanly, with a checkpoint, after M minutes")
+    sub.add_argument("--max-steps", type=int, metavar="N", help="stop cleanly, with a checkpoint, after N steps")
+    sub.add_argument("--accelerator", default="auto", metavar="A", help="auto, cpu, cuda or mps (default: auto)")
+    sub.add_argument("--devices", default="auto", metavar="N", help="number of devices or processes (default: auto)")
+    sub.add_argument("--strategy", default="auto", metavar="S", help="auto or ddp (default: auto)")
+    sub.add_argument("--num-nodes", type=int, default=1, metavar="N", help="machines of the run (default: 1)")
+
+    sub = command(
+        "eval",
+        _eval,
+        "evaluate a run in float32 on its test set",
+        "  abste eval runs/r20 --data data\n  abste eval runs/r20 --data data --averaged",
+    )
+    sub.add_argument("run_directory", metavar="RUN", help="run directory")
+    _add_data(sub)
+    sub.add_argument("--averaged", action="store_true", help="the averaged weights, of a recipe with [average]")
+    sub.add_argument("--recalibrate", action="store_true", help="also after estimating batch-norm statistics anew")
+    sub.add_argument("--device", default="cpu", metavar="D", help="torch device (default: cpu)")
+
+    sub = command(
+        "summary",
+        _summary,
+        "show what a network would be made of: layers, bits, bytes, operations",
+        "  abste summary cifar10-resnet20-w1a1\n  abste summary runs/r20",
+    )
+    sub.add_argument("source", metavar="RECIPE|RUN", help="built-in recipe, TOML file or run directory")
+    _add_set(sub)
+    return parser
+
+
+def _add_set(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="replace keys of the recipe, such as optimizer.lr=0.2; 'none' empties an optional key; repeatable",
+    )
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", metavar="DIR", help="folder of the data set, downloaded there if missing; embedded data needs none"
+    )
+
+
+def _recipes(arguments: argparse.Namespace) -> int:
+    from abste.train.recipe import builtin_recipes, load_recipe
+
+    if arguments.recipe:
+        print(load_recipe(arguments.recipe).to_toml(), end="")
+        return 0
+    recipes = builtin_recipes()
+    width = max(map(len, recipes))
+    for name, text in recipes.items():
+        print(f"{name:{width}}  {tomllib.loads(text).get('description', '')}")
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from abste.train.recipe import load_recipe
+
+    overrides = list(arguments.overrides)
+    for key in ("seed", "threads", "precision"):
+        value = getattr(arguments, key)
+        if value is not None:
+            overrides.append(f"train.{key}={value}")
+    recipe = load_recipe(arguments.recipe, overrides)  # before torch is imported: a typo is answered at once
+    from abste.train import Interrupted, fit
+
+    try:
+        summary = fit(
+            recipe,
+            arguments.data,
+            arguments.out,
+            resume=arguments.resume,
+            max_minutes=arguments.max_minutes,
+            max_steps=arguments.max_steps,
+            accelerator=arguments.accelerator,
+            devices=int(arguments.devices) if arguments.devices.isdecimal() else arguments.devices,
+            strategy=arguments.strategy,
+            num_nodes=arguments.num_nodes,
+        )
+    except Interrupted as stop:
+        if _is_rank_zero():
+            print(f"{stop}\nresume with: {_resume_command(arguments)}", flush=True)
+        return 128 + stop.signum
+    if not _is_rank_zero():
+        return 0
+    if summary["finished"]:
+        print(_result_lines(summary))
+        print(f"run directory: {arguments.out}")
+    else:
+        print(f"resume with: {_resume_command(arguments)}")
+    return 0
+
+
+def _is_rank_zero() -> bool:
+    return os.environ.get("RANK", "0") == "0" and os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _resume_command(arguments: argparse.Namespace) -> str:
+    """The command that continues a run: its own resolved recipe needs no --set."""
+    words = ["abste", "train", str(Path(arguments.out) / "recipe.toml")]
+    for option in ("data", "out", "accelerator", "devices", "strategy", "num_nodes"):
+        value = getattr(arguments, option)
+        if value not in (None, "auto", 1):
+            words += ["--" + option.replace("_", "-"), str(value)]
+    return shlex.join([*words, "--resume"])
+
+
+def _result_lines(summary: dict[str, Any]) -> str:
+    lines = []
+    for title, results in (("last epoch", summary), ("averaged weights", summary.get("averaged", {}))):
+        for split in ("test", "held_out"):
+            if split in results:
+                result = results[split]
+                lines.append(
+                    f"{split.replace('_', '-')} accuracy {result['accuracy']:.2%}, loss {result['loss']:.4f} "
+                    f"({title}, {result['images']:,} images, float32)"
+                )
+    cost = summary["cost"]
+    lines.append(f"{cost['seconds']:.0f} s, {cost['samples_per_second']:,.0f} images/s in training")
+    return "\n".join(lines)
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from abste.train.run import evaluate
+
+    for recalibrate in (False, True) if arguments.recalibrate else (False,):
+        result = evaluate(
+            arguments.run_directory,
+            arguments.data,
+            averaged=arguments.averaged,
+            recalibrate=recalibrate,
+            device=arguments.device,
+        )
+        how = ", batch norm recalibrated" if recalibrate else ""
+        print(
+            f"{result['split'].replace('_', '-')} accuracy {result['accuracy']:.2%}, loss {result['loss']:.4f} "
+            f"({result['images']:,} images, float32{how})"
+        )
+    return 0
+
+
+def _summary(arguments: argparse.Namespace) -> int:
+    from abste.errors import ConfigError
+    from abste.train.recipe import load_recipe
+
+    directory = Path(arguments.source)
+    if directory.is_dir():
+        if arguments.overrides:
+            raise ConfigError("--set changes recipes, not runs; give the name of a recipe.")
+        from abste.train.run import RunDirectory
+
+        recipe = RunDirectory(directory).read_recipe()
+    else:
+        recipe = load_recipe(arguments.source, arguments.overrides)
+    from abste.nn import summary
+    from abste.train.run import build_model
+
+    model, report = build_model(recipe)
+    print(f"{recipe.name}: {recipe.description}\n\n{report}\n")
+    print(summary(model, (1, *recipe.data.image_shape)))
+    return 0
+
+
+def _quickstart(arguments: argparse.Namespace) -> int:
+    from abste.train.recipe import load_recipe
+
+    recipe = load_recipe("digits-resnet8-w1a32", arguments.overrides)
+    from abste.nn import summary
+    from abste.train import Interrupted, evaluate, fit, load_run
+
+    out = arguments.out or _fresh("runs/quickstart")
+    print("Training a small network with binary weights on 8x8 handwritten digits, which come with scikit-learn.\n")
+    try:
+        result = fit(recipe, None, out)
+    except Interrupted as stop:
+        print(f"{stop}\nresume with: {shlex.join(['abste', 'train', f'{out}/recipe.toml', '--out', out, '--resume'])}")
+        return 128 + stop.signum
+    print("\nWhat was binarised:\n" + (Path(out) / "conversion.txt").read_text(encoding="utf-8"))
+    model = load_run(out)
+    print(summary(model, (1, *recipe.data.image_shape)))
+    again = evaluate(out)
+    print(f"\n{_result_lines(result)}")
+    print(f"loaded again from {out}/weights.safetensors: {again['accuracy']:.2%}")
+    print(
+        "\nNext:\n"
+        f"  abste eval {out}                                       evaluate it again\n"
+        f"  tensorboard --logdir {out}/tensorboard                 look at the curves\n"
+        "  abste recipes                                            what else can be trained\n"
+        "  abste train cifar10-resnet20-w1a32 --data data --out runs/r20\n"
+        "                                                           ResNet-20 on CIFAR-10 (downloaded into data/)\n"
+        f"and in Python: model = abste.load_run({out!r})"
+    )
+    return 0
+
+
+def _fresh(name: str) -> str:
+    """``name``, or the first of ``name-2``, ``name-3``... that does not exist."""
+    candidate, number = name, 1
+    while Path(candidate).exists():
+        number += 1
+        candidate = f"{name}-{number}"
+    return candidate

@@ -1,0 +1,229 @@
+"""The base of every estimator: sign, binarizers, annealing state and the registry of names."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from abste.errors import ConfigError, nearest
+
+Role = Literal["weights", "activations"]
+ROLES: tuple[Role, ...] = ("weights", "activations")
+
+Spec = "str | Mapping[str, Any] | Binarizer | None"
+"""What a slot of a layer accepts: a name, a table with a name, an object, or None for full precision."""
+
+
+def sign(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """+1 where ``x >= 0``, else -1: so 0 and -0.0 give +1 and NaN gives -1.
+
+    Args:
+        x: any shape, floating point.
+        dtype: of the result; default that of ``x``.
+
+    Returns:
+        A new tensor of the shape of ``x`` that holds nothing but ±1.
+    """
+    # A comparison with a floating-point result is vectorised on CPU, torch.where between scalars is not.
+    x = x.detach()
+    return torch.ge(x, 0, out=torch.empty_like(x, dtype=dtype)).mul_(2).sub_(1)
+
+
+def clip_gradient(grad: Tensor, x: Tensor, t: float) -> Tensor:
+    """``grad`` where |x| <= t and zero elsewhere, as a new tensor unless t is infinite."""
+    if math.isinf(t):
+        return grad
+    # One fused pass. It excludes its limits, so they are ±t rounded up by one unit in the last place of a float32.
+    limit = t * (1.0 + 0.75 * 2.0**-23)
+    return torch.ops.aten.hardtanh_backward(grad, x, -limit, limit)
+
+
+class _Binarize(torch.autograd.Function):
+    """Forward sign(x); backward the binarizer's own, which sees x and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, binarizer: Binarizer) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.binarizer = binarizer
+        return sign(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return ctx.binarizer.backward(grad, x), None
+
+
+class Binarizer(nn.Module):
+    """Maps a tensor to ±1 and has its own backward.
+
+    A subclass implements :meth:`backward` and declares, as class attributes, what holds for it. The property tests
+    read these declarations.
+
+    Attributes:
+        name: the name in the registry.
+        odd: the slope is an even function of x.
+        monotone: the slope is never negative.
+        has_surrogate: there is an F whose derivative is the slope (see :class:`Estimator`).
+        plain_bits: at inference the binarizer is exactly sign(x), so it lowers to bits.
+        defaults: for each argument whose default depends on where the binarizer is applied, its value for weights
+            and for activations.
+        t: the clip; the slope is zero where |x| > t. Infinite where there is none.
+    """
+
+    name: ClassVar[str]
+    odd: ClassVar[bool] = True
+    monotone: ClassVar[bool] = True
+    has_surrogate: ClassVar[bool] = False
+    plain_bits: ClassVar[bool] = True
+    defaults: ClassVar[Mapping[str, Mapping[Role, float]]] = {}
+
+    t: float = math.inf
+
+    def __init__(self, **given: float | None) -> None:
+        super().__init__()
+        unknown = next((key for key, value in given.items() if value is None and key not in self.defaults), None)
+        if unknown is not None:
+            raise ConfigError(f"{type(self).__name__}: {unknown} has no default, give it a number.")
+        self._by_role = frozenset(key for key, value in given.items() if value is None)
+        for key, value in given.items():
+            setattr(self, key, self.defaults[key]["weights"] if value is None else float(value))
+        self.check()
+
+    def set_role(self, role: Role) -> None:
+        """Give every argument that was left at None its default for ``role``. A layer calls this on its copy."""
+        for key in self._by_role:
+            setattr(self, key, self.defaults[key][role])
+        self.check()
+
+    def check(self) -> None:
+        """Raise :class:`~abste.errors.ConfigError` where an argument is out of range."""
+        if not self.t > 0:
+            raise ConfigError(f"{type(self).__name__}: t must be positive, got {self.t}.")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """sign(x): same shape and dtype as x, values ±1. The gradient is :meth:`backward`'s."""
+        if not x.is_floating_point():
+            raise ConfigError(f"{type(self).__name__} needs a floating-point input, got {x.dtype}.")
+        return cast(Tensor, _Binarize.apply(x, self))
+
+    def backward(self, grad: Tensor, x: Tensor) -> Tensor:
+        """The gradient with respect to x, given that with respect to sign(x); both of the shape and dtype of x."""
+        raise TypeError(f"{type(self).__name__} defines no backward.")
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={getattr(self, key):g}" for key in self.defaults if hasattr(self, key))
+
+
+class Estimator(Binarizer):
+    """A binarizer whose backward multiplies by the slope F' of a surrogate F of sign.
+
+    dL/dx = dL/dsign(x) * F'(x). A subclass implements :meth:`backward` (for speed, as one fused expression) and
+    :meth:`surrogate`; :meth:`slope` follows from the first, and the tests hold the two against each other.
+    """
+
+    has_surrogate = True
+
+    def surrogate(self, x: Tensor) -> Tensor:
+        """F(x), written with differentiable torch operations; constant beyond ±t. Same shape and dtype as x."""
+        raise TypeError(f"{type(self).__name__} defines no surrogate.")
+
+    def slope(self, x: Tensor) -> Tensor:
+        """F'(x): same shape and dtype as x, zero where |x| > t."""
+        return self.backward(torch.ones_like(x), x)
+
+
+class Annealed(nn.Module):
+    """State of something that changes over training, as the fraction of training done.
+
+    The state is two integers (step, total steps) in a buffer: it is saved with the module, copied whole by DDP and by
+    weight averaging, left alone by ``.half()`` and ``.bfloat16()``, and changed in place without a device
+    synchronisation or a recompilation. :class:`~abste.estimators.EstimatorSchedule` sets it.
+    """
+
+    annealing: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("annealing", torch.tensor([0, 1]))
+
+    def progress(self) -> Tensor:
+        """The fraction of training done, float32 scalar in [0, 1], on the module's device."""
+        step, total = self.annealing.float()
+        return (step / total).clamp(0.0, 1.0)
+
+    @torch.no_grad()
+    def set_progress(self, step: int, total_steps: int) -> None:
+        """Say how far training is. Not past its end: a later step counts as the last."""
+        self.annealing[0].fill_(min(step, total_steps))
+        self.annealing[1].fill_(total_steps)
+
+
+B = TypeVar("B", bound=type[Binarizer])
+_REGISTRY: dict[str, type[Binarizer]] = {}
+
+
+def register(name: str) -> Callable[[B], B]:
+    """Class decorator: make a binarizer known by ``name`` wherever one is accepted."""
+
+    def add(cls: B) -> B:
+        if name in _REGISTRY:
+            raise ConfigError(f"an estimator named {name!r} is registered already.")
+        cls.name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def available() -> list[str]:
+    """The names of all registered estimators, sorted."""
+    return sorted(_REGISTRY)
+
+
+def get(name: str) -> type[Binarizer]:
+    """The class registered under ``name``.
+
+    Raises:
+        ConfigError: no such name; the message gives the nearest ones.
+    """
+    if name not in _REGISTRY:
+        raise ConfigError(f"unknown estimator {name!r}; {nearest(name, _REGISTRY)}")
+    return _REGISTRY[name]
+
+
+def resolve(spec: Any, role: Role) -> Binarizer | None:
+    """The binarizer that ``spec`` stands for, as a new object for one layer.
+
+    Args:
+        spec: None (full precision), a name, a table with a ``name`` and the arguments of its class, or a binarizer,
+            which is copied.
+        role: whether it is for ``"weights"`` or ``"activations"``, which decides the defaults.
+
+    Raises:
+        ConfigError: an unknown name or argument, or something else altogether.
+    """
+    if spec is None:
+        return None
+    if isinstance(spec, Binarizer):
+        binarizer = copy.deepcopy(spec)
+    elif isinstance(spec, str):
+        binarizer = get(spec)()
+    elif isinstance(spec, Mapping):
+        arguments = dict(spec)
+        if "name" not in arguments:
+            raise ConfigError(f"an estimator's table needs a name, got {dict(spec)}.")
+        cls = get(arguments.pop("name"))
+        try:
+            binarizer = cls(**arguments)
+        except TypeError as error:
+            raise ConfigError(f"estimator {cls.name!r}: {error}.") from error
+    else:
+        raise ConfigError(f"{role} must be a name, a table, a Binarizer or None, got {type(spec).__name__}.")
+    binarizer.set_role(role)
+    return binarizer

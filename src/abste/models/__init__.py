@@ -1,0 +1,54 @@
+"""The networks of the papers, in full precision: `abste.convert` binarises them.
+
+>>> available()
+['resnet20', 'resnet20_bireal', 'resnet8', 'resnet8_bireal']
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+from torch import nn
+
+from abste.errors import ConfigError, nearest
+from abste.models.resnet import CifarResNet, resnet8, resnet8_bireal, resnet20, resnet20_bireal
+
+__all__ = [
+    "CifarResNet",
+    "available",
+    "create",
+    "resnet8",
+    "resnet8_bireal",
+    "resnet20",
+    "resnet20_bireal",
+]
+
+_MODELS: dict[str, Callable[..., nn.Module]] = {
+    builder.__name__: builder for builder in (resnet20, resnet20_bireal, resnet8, resnet8_bireal)
+}
+
+
+def available() -> list[str]:
+    """The names that `create` knows, sorted."""
+    return sorted(_MODELS)
+
+
+def create(name: str, **kwargs: object) -> nn.Module:
+    """Build the network called `name` with the keyword arguments of its builder.
+
+    Args:
+        name: one of `available()`.
+        **kwargs: what the builder of that name takes, such as `num_classes`, `in_channels` and `width`.
+
+    Raises:
+        ConfigError: the name or an argument is unknown, or an argument has an impossible value.
+    """
+    builder = _MODELS.get(name)
+    if builder is None:
+        raise ConfigError(f"unknown model {name!r}: {nearest(name, _MODELS)}")
+    known = inspect.signature(builder).parameters
+    for key in kwargs:
+        if key not in known:
+            raise ConfigError(f"model {name!r} takes no argument {key!r}: {nearest(key, known)}")
+    return builder(**kwargs)

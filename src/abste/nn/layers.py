@@ -1,0 +1,315 @@
+"""Binary layers: torch.nn's Conv1d, Conv2d and Linear with ±1 weights, ±1 inputs, or both."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from abste.errors import ConfigError, nearest
+from abste.estimators import Binarizer, resolve
+from abste.nn.functional import Contraction, Convolution, Product, contract
+
+SCALES = ("channel", "tensor", "learned")
+_EPS = 1e-10
+
+
+class BinaryWeight(NamedTuple):
+    """The weight a binary layer computes with.
+
+    Attributes:
+        sign: ±1, of the shape and dtype of the latent weight.
+        scale: float factor per output channel, shape (out,) or (1,), applied after the sum; None where there is none.
+    """
+
+    sign: Tensor
+    scale: Tensor | None
+
+
+def standardize(weight: Tensor) -> Tensor:
+    """The latent weight with each filter's mean and RMS removed, in float32; gradients go through both.
+
+    Where the fan-in is 1 there is no mean to remove, and an RMS per filter would leave nothing but the sign (and a
+    gradient of zero): the RMS of the whole tensor takes its place.
+
+    Args:
+        weight: (out, ...).
+
+    Returns:
+        Same shape, float32 (float64 stays float64); each filter has mean 0 and RMS 1.
+    """
+    wide = weight if weight.dtype == torch.float64 else weight.float()
+    flat = wide.flatten(1)
+    if flat.shape[1] == 1:
+        return wide / (wide.square().mean() + _EPS).sqrt()
+    return F.layer_norm(flat, flat.shape[1:], eps=_EPS).view_as(wide)
+
+
+class BinaryActivation(nn.Module):
+    """Binarises activations: sign(x) forward, the estimator's slope backward.
+
+    The slope is taken at x divided by a running root mean square of this layer's inputs, so that k and t of an
+    estimator mean the same everywhere: dL/dx = dL/dsign(x) F'(x / rms) / rms. The RMS is a detached statistic: a plain
+    average of the first training batches that turns into an exponential one. It changes neither sign(x) nor what is
+    deployed.
+
+    Args:
+        estimator: a name, a table, or a binarizer, which is copied.
+        normalize: divide by the running RMS; False takes the slope at x itself.
+        momentum: of the exponential average.
+
+    Shape:
+        any, unchanged. Input floating point; output ±1 in the same dtype.
+    """
+
+    mean_square: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, estimator: Any = "ab_tanh", *, normalize: bool = True, momentum: float = 0.1) -> None:
+        super().__init__()
+        resolved = resolve(estimator, "activations")
+        if resolved is None:
+            raise ConfigError("BinaryActivation needs an estimator, got None.")
+        self.estimator: Binarizer = resolved
+        self.normalize = normalize
+        self.momentum = momentum
+        if normalize:
+            self.register_buffer("mean_square", torch.ones(()))
+            self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def inverse_rms(self, x: Tensor) -> Tensor | None:
+        """1 / running RMS, a float32 scalar, or None without normalisation; in training x is counted first."""
+        if not self.normalize:
+            return None
+        if self.training:
+            norm = torch.linalg.vector_norm(x.detach(), dtype=torch.promote_types(x.dtype, torch.float32))
+            batch = (norm.square() / max(x.numel(), 1)).to(self.mean_square.dtype)
+            self.num_batches_tracked.add_(1)
+            weight = (1.0 / self.num_batches_tracked).clamp(min=self.momentum).to(batch.dtype)
+            self.mean_square.lerp_(batch, weight)
+        return (self.mean_square.float() + _EPS).rsqrt()
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check_float(self, x)
+        inverse = self.inverse_rms(x)
+        if inverse is not None:
+            x = x * inverse.to(x.dtype)
+        return self.estimator(x)
+
+    def extra_repr(self) -> str:
+        return "" if self.normalize else "normalize=False"
+
+
+class _BinaryLayer(nn.Module):
+    """What the binary layers share; mixed in before the torch.nn layer whose constructor and latent weight they keep."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    weight_binarizer: Binarizer | None
+    activation: BinaryActivation | None
+    learned_scale: nn.Parameter | None
+
+    def _binarize(
+        self,
+        weights: Any,
+        activations: Any,
+        standardize: bool,
+        normalize: bool,
+        scale: Literal["channel", "tensor", "learned"] | None,
+        scale_gradient: bool,
+    ) -> None:
+        if scale is not None and scale not in SCALES:
+            raise ConfigError(f"unknown scale {scale!r}; {nearest(scale, SCALES)}")
+        if not self.weight.is_floating_point():
+            raise ConfigError(f"{type(self).__name__} needs a floating-point dtype, got {self.weight.dtype}.")
+        self.weight_binarizer = resolve(weights, "weights")
+        self.activation = None if activations is None else BinaryActivation(activations, normalize=normalize)
+        self.standardize = standardize
+        self.scale = scale if self.weight_binarizer is not None else None
+        self.scale_gradient = scale_gradient
+        self.learned_scale = None
+        if self.scale == "learned":
+            self.learned_scale = nn.Parameter(self.weight.new_empty(self.weight.shape[0]))
+        self.reset_scale()
+        self.to(self.weight.device)  # the state of the estimators
+
+    @torch.no_grad()
+    def reset_scale(self) -> None:
+        """Set a learned scale to mean |latent| per output channel, where it starts."""
+        if self.learned_scale is not None:
+            self.learned_scale.copy_(self.weight.abs().flatten(1).mean(1))
+
+    def _scale(self) -> Tensor | None:
+        if self.scale is None or self.scale == "learned":
+            return self.learned_scale
+        latent = self.weight if self.scale_gradient else self.weight.detach()
+        size = latent.abs()
+        return size.flatten(1).mean(1) if self.scale == "channel" else size.mean().view(1)
+
+    def _signs(self) -> Tensor:
+        if self.weight_binarizer is None:
+            return self.weight
+        if self.standardize:
+            return self.weight_binarizer(standardize(self.weight)).to(self.weight.dtype)
+        if self.training and self.weight_binarizer.t < float("inf"):
+            # A latent beyond the clip gets no gradient and would never come back.
+            with torch.no_grad():
+                self.weight.clamp_(-self.weight_binarizer.t, self.weight_binarizer.t)
+        return self.weight_binarizer(self.weight)
+
+    @torch.no_grad()
+    def binary_weight(self) -> BinaryWeight:
+        """What the layer computes with: ±1 and scale, detached. ``weight`` holds the latents instead.
+
+        Raises:
+            ConfigError: the layer's weights are in full precision.
+        """
+        if self.weight_binarizer is None:
+            raise ConfigError(f"this {type(self).__name__} has full-precision weights (weights=None): read .weight.")
+        signs, scale = self._signs(), self._scale()
+        return BinaryWeight(signs, None if scale is None else scale.detach().clone())
+
+    def _contract(self, x: Tensor, op: Contraction) -> Tensor:
+        inverse = None if self.activation is None else self.activation.inverse_rms(x)
+        binarizer = None if self.activation is None else self.activation.estimator
+        y = contract(x, self._signs(), op, self._scale(), binarizer, inverse)
+        if self.bias is not None:
+            y = y + op.per_channel(self.bias.to(y.dtype))
+        return y
+
+    def extra_repr(self) -> str:
+        parts = [super().extra_repr(), f"scale={self.scale!r}"]
+        if not self.standardize:
+            parts.append("standardize=False")
+        if self.scale_gradient:
+            parts.append("scale_gradient=True")
+        return ", ".join(parts)
+
+
+_ARGUMENTS = """
+    Args:
+        weights: binarizer of the weights: a name, a table, an object (copied), or None for full precision.
+        activations: binarizer of the input, likewise. None leaves the input alone (W1A32).
+        standardize: binarise the latent weight with each filter's mean and RMS removed (see
+            :func:`~abste.nn.standardize`), which gives estimators an input of known scale; False takes the raw
+            latents, and clamps them to ±t of a clipped estimator during training, or they would die.
+        normalize: take the slope of ``activations`` at the input divided by its running RMS (see
+            :class:`BinaryActivation`).
+        scale: ``"channel"``, mean \\|latent\\| per output channel; ``"tensor"``, over the whole tensor; ``"learned"``, a
+            parameter per output channel that starts at the first; or None. Applied after the sum.
+        scale_gradient: let gradient reach the latents through a scale that is computed from them.
+{more}        others: as in :class:`torch.nn.{base}`. A bias is added after the scale, in full precision.
+
+    The state_dict holds the latent weights; :meth:`binary_weight` gives the ±1.
+
+    Raises:
+        ConfigError: unknown estimator or scale; an input of wrong shape or dtype.
+"""
+_PAD_VALUE = """        pad_value: 0, 1 or -1: what padding adds to the binarised input. 0 is added after sign, so it stays 0. ±1
+            keeps the input one bit wide, and needs ``activations``.
+"""
+
+
+def _check_float(layer: nn.Module, x: Tensor) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        found = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise ConfigError(f"{type(layer).__name__} needs a floating-point tensor as input, got {found}.")
+
+
+class _BinaryConv(_BinaryLayer, nn.modules.conv._ConvNd):
+    def __init__(
+        self,
+        *args: Any,
+        weights: Any = "ab_tanh",
+        activations: Any = None,
+        standardize: bool = True,
+        normalize: bool = True,
+        scale: Literal["channel", "tensor", "learned"] | None = "channel",
+        scale_gradient: bool = False,
+        pad_value: float = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._binarize(weights, activations, standardize, normalize, scale, scale_gradient)
+        if pad_value not in (-1, 0, 1):
+            raise ConfigError(f"{type(self).__name__}: pad_value must be 0, 1 or -1, got {pad_value!r}.")
+        if pad_value and (activations is None or self.padding_mode != "zeros"):
+            raise ConfigError(
+                f"{type(self).__name__}: pad_value={pad_value} needs binarised activations and padding_mode='zeros'."
+            )
+        self.pad_value = float(pad_value)
+
+    def _geometry(self) -> Convolution:
+        border = tuple(self._reversed_padding_repeated_twice)
+        plain = not isinstance(self.padding, str) and self.padding_mode == "zeros" and not self.pad_value
+        padding = tuple(self.padding) if plain else (0,) * len(self.stride)
+        explicit = None if plain or self.padding_mode != "zeros" or not any(border) else border
+        return Convolution(self.stride, padding, self.dilation, self.groups, explicit, self.pad_value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check_float(self, x)
+        spatial = len(self.stride)
+        if x.dim() not in (spatial + 1, spatial + 2) or x.shape[-spatial - 1] != self.in_channels:
+            raise ConfigError(
+                f"{type(self).__name__} needs an input of shape ([N,] {self.in_channels}, "
+                f"{', '.join('LHW'[-spatial:] if spatial > 1 else 'L')}), got {tuple(x.shape)}."
+            )
+        single = x.dim() == spatial + 1
+        if single:
+            x = x.unsqueeze(0)
+        if self.padding_mode != "zeros":
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+        y = self._contract(x, self._geometry())
+        return y.squeeze(0) if single else y
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", pad_value={self.pad_value:g}" if self.pad_value else "")
+
+
+class BinaryConv1d(_BinaryConv, nn.Conv1d):
+    __doc__ = (
+        "1-d convolution with binary weights, inputs, or both.\n\n    Shape: (N, C, L) or (C, L).\n"
+        + _ARGUMENTS.format(base="Conv1d", more=_PAD_VALUE)
+    )
+
+
+class BinaryConv2d(_BinaryConv, nn.Conv2d):
+    __doc__ = (
+        "2-d convolution with binary weights, inputs, or both.\n\n    Shape: (N, C, H, W) or (C, H, W).\n"
+        + _ARGUMENTS.format(base="Conv2d", more=_PAD_VALUE)
+    )
+
+
+class BinaryLinear(_BinaryLayer, nn.Linear):
+    __doc__ = (
+        "Linear layer with binary weights, inputs, or both.\n\n    Shape: (..., in_features) to (..., out_features).\n"
+        + _ARGUMENTS.format(base="Linear", more="")
+    )
+
+    def __init__(
+        self,
+        *args: Any,
+        weights: Any = "ab_tanh",
+        activations: Any = None,
+        standardize: bool = True,
+        normalize: bool = True,
+        scale: Literal["channel", "tensor", "learned"] | None = "channel",
+        scale_gradient: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._binarize(weights, activations, standardize, normalize, scale, scale_gradient)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check_float(self, x)
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ConfigError(
+                f"BinaryLinear needs an input of shape (..., {self.in_features}), got {tuple(x.shape)}."
+            )
+        return self._contract(x, Product())
+
+
+BINARY_LAYERS = (BinaryConv1d, BinaryConv2d, BinaryLinear)

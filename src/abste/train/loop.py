@@ -1,0 +1,690 @@
+"""The training loop, on Lightning Fabric."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from lightning_fabric import Fabric
+from safetensors.torch import save as save_safetensors
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
+
+from abste.data import Augment, Batches
+from abste.errors import AbsteError, CheckpointError, ConfigError, NonFiniteLossError
+from abste.train.checkpoint import (
+    check_recipe,
+    check_state,
+    load_checkpoint,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+)
+from abste.train.files import write_atomic, write_error, write_json
+from abste.train.progress import Progress, duration
+from abste.train.recipe import Recipe, ScheduleSection
+from abste.train.run import (
+    RunDirectory,
+    as_result,
+    build_model,
+    count_correct,
+    environment,
+    evaluation_batches,
+    git_state,
+    load_data,
+    recalibrated,
+)
+
+T = TypeVar("T")
+
+_NEVER = 2**62  # a step that no run reaches
+_RUNNING, _MAX_MINUTES, _MAX_STEPS = 0, -1, -2  # reasons to stop; positive ones are signal numbers
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal stopped :func:`fit` cleanly, after a checkpoint. ``signum`` says which signal."""
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+def lr_factor(schedule: ScheduleSection, step: int, total_steps: int) -> float:
+    """The learning rate of optimizer step ``step`` (from 0), as a factor of its peak: a pure function.
+
+    It rises linearly over ``warmup * total_steps`` steps, then falls to ``final`` in the shape given.
+    """
+    rising = schedule.warmup * total_steps
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    if schedule.shape == "constant":
+        return 1.0
+    fall = (step - rising) / (total_steps - rising)
+    if schedule.shape == "cosine":
+        fall = (1 - math.cos(math.pi * fall)) / 2
+    return 1.0 + (schedule.final - 1.0) * fall
+
+
+def fit(
+    recipe: Recipe,
+    data_root: str | Path | None,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    max_minutes: float | None = None,
+    max_steps: int | None = None,
+    accelerator: str = "auto",
+    devices: int | str = "auto",
+    strategy: str = "auto",
+    num_nodes: int = 1,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train a network as a recipe says and write everything about it to a run directory.
+
+    The run can be killed at any moment and continued with ``resume``; on one device it then ends with the same weights,
+    bit for bit. Random number generators and, where the recipe says so, the number of threads are set process-wide.
+
+    Args:
+        recipe: what to train, from :func:`abste.train.load_recipe`.
+        data_root: the folder of the data set; embedded data needs none.
+        out: the run directory, new or empty, or with ``resume`` one that holds this recipe's run.
+        resume: continue from the last checkpoint.
+        max_minutes: stop cleanly after so long in this process.
+        max_steps: stop cleanly after so many optimizer steps in this process.
+        accelerator, devices, strategy, num_nodes: of ``lightning.fabric.Fabric``; strategy is "auto" or "ddp". Under
+            torchrun the processes it started are used.
+        progress: print progress to standard output.
+
+    Returns:
+        The content of ``summary.json``; of a run stopped by ``max_minutes`` or ``max_steps``, ``finished`` (False),
+        ``stopped`` (why), ``epoch`` and ``step``.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM arrived (in the main thread); the run can be resumed.
+        ConfigError, ConversionError, DataError: the recipe or the data do not fit.
+        RunError: the run directory is in use, foreign or full.
+        CheckpointError: the checkpoint is damaged or of another recipe.
+        NonFiniteLossError: the loss or the weights became infinite or NaN.
+    """
+    if max_minutes is not None and not max_minutes >= 0:
+        raise ConfigError(f"max_minutes must be at least 0, not {max_minutes}.")
+    started = time.monotonic()
+    threads = torch.get_num_threads()
+    fabric = _fabric(recipe, accelerator, devices, strategy, num_nodes)
+    fabric.launch()
+    if recipe.train.threads is not None:
+        torch.set_num_threads(recipe.train.threads)
+    run = RunDirectory(out)
+    try:
+        with contextlib.ExitStack() as stack:
+            _on_rank_zero(fabric, lambda: stack.enter_context(run.owned(resume)) and None)
+            loop = _Loop(fabric, recipe, run, data_root, Progress(progress and fabric.is_global_zero))
+            finished = loop.open(resume)
+            if finished is not None:
+                return finished
+            deadline = None if max_minutes is None else started + 60 * max_minutes
+            return loop.run_to(deadline, max_steps)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _fabric(recipe: Recipe, accelerator: str, devices: int | str, strategy: str, num_nodes: int) -> Fabric:
+    if strategy not in ("auto", "ddp"):
+        raise ConfigError(f"strategy must be 'auto' or 'ddp', not {strategy!r}: checkpoints hold unsharded weights.")
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has decided
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        devices, num_nodes, strategy = local, int(os.environ["WORLD_SIZE"]) // local, "ddp"
+    try:
+        fabric = Fabric(
+            accelerator=accelerator,
+            devices=devices,
+            strategy=strategy,
+            num_nodes=num_nodes,
+            precision=recipe.train.precision,
+        )
+    except (ValueError, RuntimeError, TypeError) as error:  # what Fabric raises for options that do not fit the machine
+        raise ConfigError(f"these devices cannot be used: {' '.join(str(error).split())}") from error
+    if recipe.train.precision == "16-mixed" and fabric.device.type == "cpu":
+        raise ConfigError("train.precision '16-mixed' needs a GPU; on a CPU use 'bf16-mixed' or '32-true'.")
+    if recipe.train.batch_size % fabric.world_size:
+        raise ConfigError(
+            f"train.batch_size {recipe.train.batch_size} cannot be shared by {fabric.world_size} processes; "
+            f"choose a multiple of {fabric.world_size}."
+        )
+    return fabric
+
+
+def _on_rank_zero(fabric: Fabric, action: Callable[[], T]) -> T:
+    """Run ``action`` on rank 0 and give its result, or raise its error, everywhere: no rank waits for a dead one."""
+    result: T | None = None
+    error: AbsteError | None = None
+    if fabric.is_global_zero:
+        try:
+            result = action()
+        except AbsteError as caught:
+            if fabric.world_size == 1:
+                raise
+            error = caught
+    if fabric.world_size > 1:
+        result, error = fabric.broadcast((result, error))
+        if error is not None:
+            raise error
+    return result  # type: ignore[return-value]
+
+
+class _Signals:
+    """Notes the first SIGINT or SIGTERM, for the loop to stop cleanly; a second SIGINT stops at once."""
+
+    def __init__(self) -> None:
+        self.received = _RUNNING
+        self._when = 0.0
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield  # Python lets only the main thread handle signals
+            return
+        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, _: Any) -> None:
+        now = time.monotonic()
+        if self.received == _RUNNING:
+            self.received, self._when = number, now
+        elif number == signal.SIGINT and now - self._when > 1:
+            # A launcher such as torchrun passes on the Ctrl-C that the terminal already sent: within a second it is
+            # the same one.
+            raise KeyboardInterrupt
+
+
+class _Loop:
+    """One run in this process: its objects, its position, and how they are saved."""
+
+    def __init__(
+        self, fabric: Fabric, recipe: Recipe, run: RunDirectory, data_root: str | Path | None, progress: Progress
+    ) -> None:
+        self.fabric, self.recipe, self.run, self.progress = fabric, recipe, run, progress
+        self.device = fabric.device
+        settings = recipe.train
+
+        random.seed(settings.seed)
+        np.random.seed(settings.seed)
+        torch.manual_seed(settings.seed)
+
+        _on_rank_zero(fabric, lambda: load_data(recipe, data_root) and None)  # one process downloads
+        self.train_images, evaluation_images, self.split = load_data(recipe, data_root)
+        ranks = {"rank": fabric.global_rank, "world_size": fabric.world_size}
+        self.train = Batches(
+            self.train_images,
+            settings.batch_size // fabric.world_size,
+            augment=Augment(
+                crop_padding=recipe.data.crop_padding, flip=recipe.data.flip, cutout=recipe.data.cutout
+            ),
+            seed=settings.seed,
+            device=self.device,
+            channels_last=settings.channels_last,
+            train=True,
+            **ranks,
+        )
+        self.evaluation = evaluation_batches(evaluation_images, recipe, self.device, **ranks)
+        self.steps_per_epoch = len(self.train)
+        self.total_steps = settings.epochs * self.steps_per_epoch
+
+        self.module, self.conversion = build_model(recipe)
+        self.macs = _macs(self.module, recipe)
+        self.module.to(self.device)
+        if settings.channels_last:
+            self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.raw_optimizer = _optimizer(self.module, recipe)
+        for group in self.raw_optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        self.schedule = _estimator_schedule(self.module, self.total_steps)
+        self.averaged = _averaged(self.module, recipe)
+        self.model, self.optimizer = fabric.setup(self.module, self.raw_optimizer)
+        torch.manual_seed(settings.seed + fabric.global_rank)  # dropout and the like differ between ranks
+
+        self.epoch = 0
+        self.done = 0  # steps done in this epoch
+        self.seconds = 0.0  # of this run, in all processes that wrote a checkpoint
+        self.train_seconds = 0.0  # the part of it spent in training steps
+        self.first_bad = torch.full((), _NEVER, dtype=torch.int64, device=self.device)
+        self.window = torch.zeros(2, device=self.device)  # loss and correct answers since the last metrics
+        self.window_images = 0
+        self.epoch_sums = [0.0, 0.0, 0.0]  # loss, correct, images of this epoch up to the last metrics
+        self.last_training: dict[str, Any] | None = None
+        self.last_evaluation: dict[str, Any] | None = None
+        self.saved_step: int | None = None
+        self.signals = _Signals()
+        self.writer: Any = None
+        self.metrics_file: Any = None
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.epoch * self.steps_per_epoch + self.done
+
+    # Starting
+
+    def open(self, resume: bool) -> dict[str, Any] | None:
+        """Restore the checkpoint, if any, and open the files; gives the summary of a run that is already finished."""
+        if resume:
+            _on_rank_zero(
+                self.fabric,
+                lambda: check_recipe(self.run.recipe, self.run.read_recipe().to_dict(), self.recipe.to_dict()),
+            )
+            if self.run.checkpoint.exists():
+                self._restore()
+            finished = _on_rank_zero(self.fabric, self.run.read_summary)
+            if finished is not None:
+                self.progress.line(f"{self.run.path} is already finished")
+                return finished
+        _on_rank_zero(self.fabric, self._open_files)
+        return None
+
+    def _open_files(self) -> None:
+        run = self.run
+        write_atomic(run.conversion, (self.conversion + "\n").encode())
+        write_atomic(run.recipe, self.recipe.to_toml().encode())
+        try:
+            self.metrics_file = open(run.metrics, "ab")  # noqa: SIM115, closed with the run
+            self.metrics_file.truncate(min(self.metrics_bytes, self.metrics_file.tell()))
+            with open(run.sessions, "a", encoding="utf-8") as file:
+                session = {
+                    "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                    "step": self.step,
+                    "processes": self.fabric.world_size,
+                    **environment(self.device),
+                }
+                file.write(json.dumps(session) + "\n")
+        except OSError as error:
+            raise write_error(run.path, error) from error
+        from torch.utils.tensorboard import SummaryWriter  # seconds to import, needed here only
+
+        self.writer = SummaryWriter(str(run.tensorboard), purge_step=self.step + 1 if self.step else None)
+
+    metrics_bytes = 0
+
+    def _restore(self) -> None:
+        source = self.run.checkpoint
+        state = load_checkpoint(source)
+        check_recipe(source, state["recipe"], self.recipe.to_dict())
+        check_state(source, state["model"], self.module.state_dict())
+        self.module.load_state_dict(state["model"])
+        self.raw_optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.fabric.strategy.precision.load_state_dict(state["precision"])
+        if self.averaged is not None:
+            self.averaged.load_state_dict(state["averaged"])
+        position = state["position"]
+        if position["steps_per_epoch"] != self.steps_per_epoch:
+            raise CheckpointError(
+                f"{source} was written with {position['steps_per_epoch']} steps per epoch, but this data set gives "
+                f"{self.steps_per_epoch}; resume with the same data."
+            )
+        self.epoch, self.done = position["epoch"], position["start"]
+        self.seconds, self.train_seconds = state["seconds"], state["train_seconds"]
+        self.metrics_bytes = state["metrics_bytes"]
+        self.window.copy_(state["window"])
+        self.window_images, self.epoch_sums = state["window_images"], list(state["epoch_sums"])
+        self.last_training, self.last_evaluation = state["last_training"], state["last_evaluation"]
+        self.saved_step = self.step
+        if self.fabric.global_rank < len(state["random"]):  # else there are more processes now than there were
+            set_random_state(state["random"][self.fabric.global_rank], self.device)
+
+    # Running
+
+    def run_to(self, deadline: float | None, max_steps: int | None) -> dict[str, Any]:
+        """Train until the end, or until a reason to stop."""
+        recipe = self.recipe
+        parameters = sum(p.numel() for p in self.module.parameters())
+        self.progress.line(
+            f"{recipe.name}: {parameters:,} parameters, {len(self.train_images):,} training images, "
+            f"{recipe.train.epochs} epochs of {self.steps_per_epoch} steps, on {self.device}"
+            + (f", from step {self.step}" if self.step else "")
+        )
+        self.deadline = deadline
+        self.last_step = _NEVER if max_steps is None else self.step + max_steps
+        self.clock = self.saved = self.shown = time.monotonic()
+        self.timed_steps, self.timed_seconds, self.latest = 0, 0.0, ""
+        try:
+            with self.signals.caught():
+                while self.epoch < recipe.train.epochs:
+                    reason = self._train_epoch()
+                    if reason != _RUNNING:
+                        return self._stopped(reason)
+                    self._end_epoch()
+                return self._finish()
+        finally:
+            if self.writer is not None:
+                with contextlib.suppress(OSError):
+                    self.writer.close()
+            if self.metrics_file is not None:
+                self.metrics_file.close()
+
+    def _train_epoch(self) -> int:
+        """The rest of the current epoch; gives the reason to stop, if there is one."""
+        settings = self.recipe.train
+        alone = self.fabric.world_size == 1
+        self.model.train()
+        begun = time.monotonic()
+        for images, labels in self.train.epoch(self.epoch, self.done):
+            self._train_step(images, labels)
+            now = time.monotonic()
+            self.train_seconds += now - begun
+            self.timed_seconds += now - begun
+            self.timed_steps += 1
+            agree = self.step % settings.log_every == 0 or self.done == self.steps_per_epoch
+            reason, due = self._wishes(now)
+            if agree:
+                if not alone:
+                    wishes = torch.tensor([abs(reason), int(reason < 0), int(due)], device=self.device)
+                    wishes = self.fabric.all_reduce(wishes, reduce_op="max")  # type: ignore[assignment]
+                    size, negative, any_due = wishes.tolist()
+                    reason, due = (-size if negative else size), bool(any_due)
+                self._log()
+            self._show(now)
+            if agree or alone:
+                if reason != _RUNNING or (due and self.done < self.steps_per_epoch):
+                    self._save()
+                if reason != _RUNNING:
+                    return reason
+            begun = time.monotonic()
+        return _RUNNING
+
+    def _wishes(self, now: float) -> tuple[int, bool]:
+        """This process's reason to stop, and whether a checkpoint is due."""
+        reason = self.signals.received
+        if reason == _RUNNING and self.step >= self.last_step:
+            reason = _MAX_STEPS
+        elif reason == _RUNNING and self.deadline is not None and now >= self.deadline:
+            reason = _MAX_MINUTES
+        return reason, now - self.saved >= 60 * self.recipe.train.checkpoint_minutes
+
+    def _train_step(self, images: Tensor, labels: Tensor) -> None:
+        recipe, step = self.recipe, self.step
+        factor = lr_factor(recipe.schedule, step, self.total_steps)
+        for group in self.raw_optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        logits = self.model(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=recipe.train.label_smoothing)
+        self.fabric.backward(loss)
+        if recipe.optimizer.clip_grad_norm is not None:
+            self.fabric.clip_gradients(
+                self.model, self.optimizer, max_norm=recipe.optimizer.clip_grad_norm, error_if_nonfinite=False
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
+        with torch.no_grad():
+            loss = loss.detach()
+            # Read by the host only every log_every steps, so that no step waits for the device.
+            self.first_bad = torch.where(loss.isfinite(), self.first_bad, self.first_bad.clamp(max=step))
+            correct = (logits.argmax(1) == labels).sum()
+            self.window += torch.stack([loss * len(labels), correct.to(loss.dtype)])
+        self.window_images += len(labels)
+        if self.averaged is not None and recipe.average is not None:
+            begin = recipe.average.start * self.total_steps
+            if step >= begin and (step + 1) % recipe.average.every == 0:
+                self.averaged.update_parameters(self.module)
+        self.done += 1
+
+    def _check_finite(self, weights: bool = False) -> None:
+        """Raise if any loss since the start was not finite, or with ``weights`` any weight now is not."""
+        bad = self.first_bad
+        if weights:
+            tensors = [t for t in self.module.state_dict().values() if t.is_floating_point()]
+            finite = torch.stack([t.isfinite().all() for t in tensors]).all()
+            bad = torch.where(finite, bad, bad.clamp(max=self.step))
+        if self.fabric.world_size > 1:
+            bad = self.fabric.all_reduce(bad.clone(), reduce_op="min")  # type: ignore[assignment]
+        first = int(bad)
+        if first == _NEVER:
+            return
+        epoch = min(first // self.steps_per_epoch, self.recipe.train.epochs - 1)
+        lr = self.recipe.optimizer.lr * lr_factor(self.recipe.schedule, min(first, self.total_steps - 1), self.total_steps)
+        if self.saved_step is None:
+            good = "no checkpoint was written before it"
+        else:
+            good = f"{self.run.checkpoint} holds the run as it was after {self.saved_step} steps"
+        raise NonFiniteLossError(
+            f"the loss is no longer finite at step {first} (epoch {epoch + 1}, learning rate {lr:.3g}); {good}; "
+            "try a lower optimizer.lr, or optimizer.clip_grad_norm."
+        )
+
+    def _log(self) -> None:
+        """Metrics of the steps since the last ones."""
+        self._check_finite()
+        sums = torch.cat([self.window, torch.tensor([float(self.window_images)], device=self.device)]).double()
+        if self.fabric.world_size > 1:
+            sums = self.fabric.all_reduce(sums, reduce_op="sum")  # type: ignore[assignment]
+        loss, correct, images = sums.tolist()
+        self.window.zero_()
+        self.window_images = 0
+        self.epoch_sums = [a + b for a, b in zip(self.epoch_sums, (loss, correct, images), strict=True)]
+        lr = self.recipe.optimizer.lr * lr_factor(self.recipe.schedule, self.step - 1, self.total_steps)
+        speed = self._speed()
+        metrics = {"loss": loss / images, "accuracy": correct / images, "lr": lr, "samples_per_second": round(speed, 1)}
+        self._write_metrics("train", metrics)
+        self.latest = f"loss {loss / images:.4f}  train {correct / images:.2%}"
+
+    def _show(self, now: float) -> None:
+        """Progress on the screen, without reading anything from the device."""
+        if now - self.shown < 0.5:
+            return
+        self.shown = now
+        speed = self._speed()
+        left = (self.total_steps - self.step) * self.recipe.train.batch_size / speed
+        self.progress.status(
+            f"epoch {self.epoch + 1}/{self.recipe.train.epochs}  step {self.step}/{self.total_steps}  "
+            f"{speed:,.0f} images/s  {self.latest}  {duration(left)} left"
+        )
+
+    def _speed(self) -> float:
+        """Training images per second in this process, all ranks together."""
+        return self.timed_steps * self.recipe.train.batch_size / max(self.timed_seconds, 1e-9)
+
+    def _end_epoch(self) -> None:
+        settings = self.recipe.train
+        loss, correct, images = self.epoch_sums
+        self.last_training = {"loss": loss / images, "accuracy": correct / images}
+        text = f"train loss {loss / images:.4f}, accuracy {correct / images:.2%}"
+        done = self.epoch + 1
+        if done % settings.eval_every == 0 or done == settings.epochs:
+            self.last_evaluation = self._evaluate(self.module)
+            self._write_metrics("evaluation", {"split": self.split, **self.last_evaluation})
+            text += f"  {self.split.replace('_', '-')} accuracy {self.last_evaluation['accuracy']:.2%}"
+        speed = self._speed()
+        self.epoch, self.done, self.epoch_sums = done, 0, [0.0, 0.0, 0.0]
+        self._save()
+        left = (self.total_steps - self.step) * settings.batch_size / max(speed, 1e-9)
+        self.progress.line(
+            f"epoch {done}/{settings.epochs}  step {self.step}  {text}  {speed:,.0f} images/s  {duration(left)} left"
+        )
+
+    def _evaluate(self, model: nn.Module) -> dict[str, Any]:
+        self._share_buffers()
+        totals = count_correct(model, self.evaluation)
+        if self.fabric.world_size > 1:
+            totals = self.fabric.all_reduce(totals.to(self.device), reduce_op="sum")  # type: ignore[assignment]
+        return as_result(totals)
+
+    def _share_buffers(self) -> None:
+        """Rank 0's batch-norm statistics everywhere, as DDP does at the start of each step."""
+        if self.fabric.world_size > 1:
+            for buffer in self.module.buffers():
+                dist.broadcast(buffer, 0)
+
+    def _write_metrics(self, kind: str, values: dict[str, Any]) -> None:
+        if self.metrics_file is None:
+            return
+        line = {"kind": kind, "step": self.step, "epoch": round(self.step / self.steps_per_epoch, 4), **values}
+        try:
+            self.metrics_file.write((json.dumps(line) + "\n").encode())
+            self.metrics_file.flush()
+            for key, value in values.items():
+                if isinstance(value, float):
+                    self.writer.add_scalar(f"{kind}/{key}", value, self.step)
+            self.writer.flush()
+        except OSError as error:
+            raise write_error(self.run.metrics, error) from error
+
+    # Saving
+
+    def _save(self) -> None:
+        """Write the checkpoint, unless there is something wrong with what it would hold."""
+        self._check_finite(weights=True)
+        self._share_buffers()
+        states = [random_state(self.device)]
+        if self.fabric.world_size > 1:
+            gathered: list[Any] = [None] * self.fabric.world_size
+            dist.all_gather_object(gathered, states[0])
+            states = gathered
+        _on_rank_zero(self.fabric, lambda: self._write_checkpoint(states))
+        self.saved, self.saved_step = time.monotonic(), self.step
+
+    def _write_checkpoint(self, states: list[Any]) -> None:
+        now = time.monotonic()
+        self.seconds += now - self.clock
+        self.clock = now
+        state = {
+            "recipe": self.recipe.to_dict(),
+            "model": self.module.state_dict(),
+            "averaged": None if self.averaged is None else self.averaged.state_dict(),
+            "optimizer": self.raw_optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "precision": self.fabric.strategy.precision.state_dict(),
+            "random": states,
+            "position": {"epoch": self.epoch, "start": self.done, "steps_per_epoch": self.steps_per_epoch},
+            "seconds": self.seconds,
+            "train_seconds": self.train_seconds,
+            "metrics_bytes": self.metrics_file.tell(),
+            "window": self.window,
+            "window_images": self.window_images,
+            "epoch_sums": self.epoch_sums,
+            "last_training": self.last_training,
+            "last_evaluation": self.last_evaluation,
+        }
+        save_checkpoint(self.run.checkpoint, state)
+
+    def _stopped(self, reason: int) -> dict[str, Any]:
+        where = f"after {self.step} of {self.total_steps} steps; {self.run.checkpoint} is written"
+        if reason > 0:
+            raise Interrupted(reason, f"stopped by {signal.Signals(reason).name} {where}")
+        why = "max_minutes" if reason == _MAX_MINUTES else "max_steps"
+        self.progress.line(f"stopped by {why} {where}")
+        return {"finished": False, "stopped": why, "epoch": self.epoch, "step": self.step}
+
+    def _finish(self) -> dict[str, Any]:
+        """Weights and summary of a finished run."""
+        recipe = self.recipe
+        averaged = None
+        if self.averaged is not None:
+            network = self.averaged.module
+            recalibrated(network, recipe, self.train_images, self.device)
+            averaged = self._evaluate(network)
+        return _on_rank_zero(self.fabric, lambda: self._write_results(averaged))
+
+    def _write_results(self, averaged: dict[str, Any] | None) -> dict[str, Any]:
+        recipe, run = self.recipe, self.run
+        now = time.monotonic()
+        self.seconds += now - self.clock
+        digests = {run.weights.name: _write_weights(run.weights, self.module, recipe)}
+        if self.averaged is not None:
+            digests[run.averaged_weights.name] = _write_weights(run.averaged_weights, self.averaged.module, recipe)
+        samples = self.total_steps * recipe.train.batch_size
+        summary: dict[str, Any] = {
+            "name": recipe.name,
+            "finished": True,
+            self.split: {**(self.last_evaluation or {}), "epoch": recipe.train.epochs, "precision": "float32"},
+        }
+        if averaged is not None:
+            summary["averaged"] = {
+                self.split: {**averaged, "epoch": recipe.train.epochs, "precision": "float32"},
+                "batch_norm": f"recalibrated on the {len(self.train_images)} training images",
+            }
+        summary |= {
+            "train": self.last_training,
+            "cost": {
+                "seconds": round(self.seconds, 3),
+                "train_seconds": round(self.train_seconds, 3),
+                "samples_per_second": round(samples / max(self.train_seconds, 1e-9), 1),
+                "epochs": recipe.train.epochs,
+                "steps": self.total_steps,
+                "samples": samples,
+                "forward_macs": self.macs,
+                "estimated_training_flops": None if self.macs is None else 6 * self.macs * samples,
+                "flops_rule": "6 x MACs of one forward pass x samples seen",
+                "parameters": sum(p.numel() for p in self.module.parameters()),
+                "processes": self.fabric.world_size,
+            },
+            "resumes": len(run.sessions.read_text(encoding="utf-8").splitlines()) - 1,
+            "environment": environment(self.device),
+            "git": git_state(),
+            "sha256": digests,
+            "recipe": recipe.to_dict(),
+        }
+        write_json(run.summary, summary)
+        return summary
+
+
+def _write_weights(path: Path, module: nn.Module, recipe: Recipe) -> str:
+    """Write a state dict as safetensors and give the file's SHA-256."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    data = save_safetensors(tensors, metadata={"format": "pt", "recipe": recipe.name})
+    write_atomic(path, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def _optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    from abste.nn import parameter_groups
+
+    section = recipe.optimizer
+    groups = parameter_groups(
+        module,
+        section.lr,
+        section.weight_decay,
+        latent_lr=section.latent_lr,
+        latent_weight_decay=section.latent_weight_decay,
+    )
+    if section.name == "adamw":
+        return torch.optim.AdamW(groups, lr=section.lr, betas=(section.betas[0], section.betas[1]))
+    return torch.optim.SGD(groups, lr=section.lr, momentum=section.momentum, nesterov=section.nesterov)
+
+
+def _estimator_schedule(module: nn.Module, total_steps: int) -> Any:
+    from abste.estimators import EstimatorSchedule
+
+    return EstimatorSchedule(module, total_steps)
+
+
+def _averaged(module: nn.Module, recipe: Recipe) -> AveragedModel | None:
+    if recipe.average is None:
+        return None
+    ema = recipe.average.method == "ema"
+    function = get_ema_multi_avg_fn(recipe.average.decay) if ema else get_swa_multi_avg_fn()
+    return AveragedModel(module, multi_avg_fn=function)  # buffers follow the model; n_averaged stays on the CPU
+
+
+def _macs(module: nn.Module, recipe: Recipe) -> int | None:
+    """Multiply-accumulates of one forward pass of one image."""
+    from abste.nn import summary
+
+    return int(summary(module, (1, *recipe.data.image_shape)).total_macs)

@@ -1,0 +1,367 @@
+"""Recipes: everything that decides what a training run computes, typed, in TOML.
+
+A recipe file holds the sections below; what it leaves out has the default given here. ``extends = "other"`` starts from
+another recipe (a built-in name, or a path relative to the file) and replaces single keys of it, so that a float network
+and its binary sibling provably differ in nothing but ``[model]`` and ``[binarize]``. This module needs pydantic and
+tomli-w, not torch.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.functional_validators import AfterValidator
+from pydantic_core import PydanticCustomError
+
+from abste.errors import ConfigError, nearest
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+
+
+def _check_spec(value: Any) -> Any:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, dict) and isinstance(value.get("name"), str):
+        return value
+    raise PydanticCustomError("binarizer_type", "")
+
+
+Spec = Annotated[Any, AfterValidator(_check_spec)]
+"""A binarizer: its name, a table with its name and arguments (``{name = "ab_tanh", k = 3.0}``), or nothing (float)."""
+
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class DataSection(Section):
+    """The data set and its augmentation. Lengths in pixels."""
+
+    name: str = "cifar10"
+    image_shape: Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=3, max_length=3)] = [3, 32, 32]
+    """Channels, height, width; checked against the data set."""
+    classes: Annotated[int, Field(gt=0)] = 10
+    holdout: Count = 0
+    """Images of the training set held out; then every evaluation is on them and the test set is not touched."""
+    crop_padding: Count = 0
+    flip: Literal["none", "random", "alternating"] = "none"
+    cutout: Count = 0
+
+
+class ModelSection(Section):
+    """A network of ``abste.models`` and its arguments; classes and channels come from ``[data]`` unless given."""
+
+    name: str = "resnet20"
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+
+
+class BinarizeSection(Section):
+    """Arguments of ``abste.convert``; without this section the network stays float."""
+
+    weights: Spec = None
+    activations: Spec = None
+    standardize: bool = True
+    scale: str = "channel"
+    pad_value: Literal[-1, 0, 1] = 0
+    unsigned_inputs: str = "error"
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> BinarizeSection:
+        if self.weights is None and self.activations is None:
+            raise PydanticCustomError("rule", "needs 'weights', 'activations' or both; leave the section out for float")
+        return self
+
+
+class OptimizerSection(Section):
+    """``momentum`` and ``nesterov`` belong to sgd, ``betas`` to adamw. Norms and biases are never decayed."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: Annotated[float, Field(gt=0)] = 0.1
+    """The peak learning rate, of the mean loss over a global batch."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = True
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    latent_lr: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate of the latent weights; by default ``lr``."""
+    latent_weight_decay: Annotated[float, Field(ge=0)] | None = None
+    clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> OptimizerSection:
+        if self.name == "sgd" and self.nesterov and self.momentum == 0:
+            raise PydanticCustomError("rule", "has nesterov = true, which needs a momentum above 0")
+        return self
+
+
+class ScheduleSection(Section):
+    """The learning rate as a pure function of the optimizer step, as a factor of its peak."""
+
+    shape: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Part of the run during which the rate rises linearly to its peak."""
+    final: Fraction = 0.0
+    """Factor at the end; ``constant`` ignores it."""
+
+
+class TrainSection(Section):
+    """The loop. ``batch_size`` is global: the processes of a distributed run share it."""
+
+    epochs: Annotated[int, Field(gt=0)] = 30
+    batch_size: Annotated[int, Field(gt=0)] = 256
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    """Of training; evaluation is always float32."""
+    channels_last: bool = True
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    eval_every: Annotated[int, Field(gt=0)] = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    log_every: Annotated[int, Field(gt=0)] = 50
+    """Steps between metrics, checks for a non-finite loss and, in distributed runs, agreement to stop."""
+    checkpoint_minutes: Annotated[float, Field(gt=0)] = 10.0
+    """Longest time between two checkpoints; the end of every epoch writes one anyway."""
+    threads: Annotated[int, Field(gt=0)] | None = None
+    """CPU threads of torch; by default torch's choice. Part of what makes a run reproducible."""
+
+
+class AverageSection(Section):
+    """Weight averaging; the averaged network is evaluated after batch-norm recalibration, beside the plain one."""
+
+    method: Literal["ema", "swa"] = "ema"
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    """Of ema, per update; swa is the plain mean."""
+    start: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Part of the run after which averaging begins."""
+    every: Annotated[int, Field(gt=0)] = 1
+    """Optimizer steps between updates."""
+
+
+class Recipe(Section):
+    """A whole training run. See the sections for every key, its unit and its default."""
+
+    name: str = "unnamed"
+    description: str = ""
+    notes: str | None = None
+    data: DataSection = Field(default_factory=DataSection)
+    model: ModelSection = Field(default_factory=ModelSection)
+    binarize: BinarizeSection | None = None
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
+    schedule: ScheduleSection = Field(default_factory=ScheduleSection)
+    train: TrainSection = Field(default_factory=TrainSection)
+    average: AverageSection | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain tables, without the keys whose value is None (TOML has no word for it)."""
+        return self.model_dump(exclude_none=True)
+
+    def to_toml(self) -> str:
+        """The resolved recipe; :func:`load_recipe` reads it back to an equal one."""
+        return tomli_w.dumps(self.to_dict())
+
+
+# Keys that may change between the parts of a run: they decide when things are reported and saved, not what is computed.
+FREE_KEYS = frozenset(
+    {"name", "description", "notes", "train.eval_every", "train.log_every", "train.checkpoint_minutes", "train.threads"}
+)
+
+
+def flatten(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """``(dotted key, value)`` of every leaf."""
+    for key, value in tables.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first key, with both values, in which two resolved recipes would compute something different."""
+    a, b = dict(flatten(old)), dict(flatten(new))
+    for key in [*a, *(key for key in b if key not in a)]:
+        if key not in FREE_KEYS and a.get(key) != b.get(key):
+            return key, a.get(key), b.get(key)
+    return None
+
+
+def known_keys() -> list[str]:
+    """Every key a recipe may hold, dotted; sections themselves too."""
+    keys = []
+    for name, field in Recipe.model_fields.items():
+        keys.append(name)
+        kinds = [field.annotation, *get_args(field.annotation)]
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, Section):
+                keys += [f"{name}.{key}" for key in kind.model_fields]
+    return keys
+
+
+_WANTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "string_type": "a string",
+    "bool_type": "true or false",
+    "dict_type": "a table",
+    "model_type": "a table",
+    "model_attributes_type": "a table",
+    "list_type": "a list",
+    "binarizer_type": "the name of a binarizer or a table with a 'name'",
+    "finite_number": "a finite number",
+}
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return f"the string {value!r}"
+    if isinstance(value, dict):
+        return "a table"
+    return repr(value) if len(repr(value)) <= 60 else f"a {type(value).__name__}"
+
+
+def _problem(error: Mapping[str, Any]) -> str:
+    """One pydantic error as part of a sentence."""
+    key, kind, given, ctx = ".".join(map(str, error["loc"])), error["type"], error["input"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        hint = nearest(key, known_keys())
+        if not hint.startswith("did"):  # every key there is would be no hint
+            hint = f"section '{key.split('.')[0]}' has no such key." if "." in key else "there is no such section."
+        return f"unknown key '{key}'; {hint}"
+    if kind == "missing":
+        return f"'{key}' is missing."
+    if kind == "rule":
+        return f"'{key}' {error['msg']}."
+    bounds = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le"}
+    words = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
+    if kind in bounds:
+        wanted = f"{words[bounds[kind]]} {ctx[bounds[kind]]}"
+    elif kind == "literal_error":
+        wanted = str(ctx["expected"])
+    elif kind in ("too_short", "too_long"):
+        wanted = f"a list of {ctx.get('min_length', ctx.get('max_length'))} values"
+    else:
+        wanted = _WANTED.get(kind, error["msg"])
+    return f"'{key}' must be {wanted}, not {_shown(given)}."
+
+
+def make_recipe(tables: Mapping[str, Any], source: str) -> Recipe:
+    """A checked :class:`Recipe` from plain tables; ``source`` names it in errors.
+
+    Raises:
+        ConfigError: an unknown key, a value of the wrong type or out of range: the first problem, and how many more.
+    """
+    try:
+        return Recipe.model_validate(dict(tables))
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        text = _problem(problems[0])
+        more = len(problems) - 1
+        if more:
+            text = f"{text.rstrip('.')} (and {more} more problem{'s' if more > 1 else ''})."
+        raise ConfigError(f"recipe '{source}': {text}") from None
+
+
+def builtin_recipes() -> dict[str, str]:
+    """Name and text of every recipe that comes with abste."""
+    folder = resources.files(__package__) / "recipes"
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
+    return {f.name.removesuffix(".toml"): f.read_text(encoding="utf-8") for f in files}
+
+
+def _read(name: str, base: Path | None) -> tuple[str, str, Path | None]:
+    """``(name, text, folder)`` of a recipe: a file (relative to the one that extends it), or a built-in."""
+    builtin = builtin_recipes()
+    path = Path(name) if base is None else base / name
+    if path.suffix == ".toml" or "/" in name:
+        try:
+            return path.stem, path.read_text(encoding="utf-8"), path.parent
+        except FileNotFoundError:
+            raise ConfigError(f"recipe file '{path}' does not exist; `abste recipes` lists those built in.") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"recipe file '{path}' cannot be read: {error}.") from None
+    if name in builtin:
+        return name, builtin[name], None
+    raise ConfigError(f"unknown recipe '{name}'; {nearest(name, builtin)}")
+
+
+def _tables(name: str, base: Path | None, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The tables of a recipe with all that it extends merged in."""
+    stem, text, folder = _read(name, base)
+    if len(seen) > 16 or name in seen[1:]:
+        raise ConfigError(f"recipe '{seen[0]}': 'extends' leads back to '{name}'; recipes must not extend themselves.")
+    try:
+        own = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"recipe '{stem}' is not valid TOML: {error}.") from None
+    parent = own.pop("extends", None)
+    if parent is None:
+        merged: dict[str, Any] = {}
+    elif isinstance(parent, str):
+        merged = _tables(parent, folder, (*seen, name))
+    else:
+        raise ConfigError(f"recipe '{stem}': 'extends' must be the name of a recipe, not {_shown(parent)}.")
+    for key, value in own.items():
+        # Sections merge key by key; below that a value replaces: arguments belong to the name they stand beside.
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = {**merged[key], **value} if both else value
+    merged["name"] = own.get("name", stem)
+    return merged
+
+
+def _override(tables: dict[str, Any], assignment: str) -> None:
+    key, equals, text = assignment.partition("=")
+    key, text = key.strip(), text.strip()
+    path = key.split(".")
+    if not equals or not all(path):
+        raise ConfigError(f"--set '{assignment}' is not of the form section.key=value.")
+    value: Any = text
+    if text.lower() == "none":
+        value = None
+    else:
+        try:
+            parsed = tomllib.loads(f"v = {text}")
+            value = parsed["v"] if list(parsed) == ["v"] else text
+        except tomllib.TOMLDecodeError:
+            pass  # a bare word is a string
+    table = tables
+    for depth, part in enumerate(path[:-1]):
+        inner = table.get(part)
+        if depth == 1 and path[0] == "binarize" and isinstance(inner, str):
+            inner = {"name": inner}  # weights = "ab_tanh" and weights.k=4 together
+        elif inner is None:
+            inner = {}
+        elif not isinstance(inner, dict):
+            where = ".".join(path[: depth + 1])
+            raise ConfigError(f"--set '{assignment}': '{where}' is {_shown(inner)}, which has no keys.")
+        table[part] = dict(inner)
+        table = table[part]
+    table[path[-1]] = value
+
+
+def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, merge what it extends, apply overrides and check it.
+
+    Args:
+        name: a built-in recipe (``abste recipes`` lists them), or the path of a TOML file.
+        overrides: assignments such as ``"optimizer.lr=0.2"``; the value is read as TOML, else as a string; ``none``
+            empties an optional key.
+
+    Raises:
+        ConfigError: an unknown recipe or key, a wrong type, a value out of range.
+    """
+    tables = _tables(str(name), None)
+    for assignment in overrides:
+        _override(tables, assignment)
+    return make_recipe(tables, str(tables["name"]))

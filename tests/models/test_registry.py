@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+import pytest
+
+from abste import models
+from abste.errors import ConfigError
+
+
+def test_available_names_are_public_builders() -> None:
+    names = models.available()
+    assert names == sorted(names) == ["resnet20", "resnet20_bireal", "resnet8", "resnet8_bireal"]
+    assert set(names) < set(models.__all__)
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(ConfigError, match=r"^unknown model 'resnet2O': did you mean 'resnet20'"):
+        models.create("resnet2O")
+
+
+def test_unknown_argument() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^model 'resnet8' takes no argument 'classes': did you mean 'num_classes'\?$"
+    ):
+        models.create("resnet8", classes=3)
