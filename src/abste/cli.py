@@ -33,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         package = (error.name or "").split(".")[0]
         if package not in _EXTRA:
             raise
-        print(f'abste: error: this command needs {package}; install it with: pip install "abste[train]"', file=sys.stderr)
+        print(
+            f'abste: error: this command needs {package}; install it with: pip install "abste[train]"', file=sys.stderr
+        )
         return 2
     except KeyboardInterrupt:
         print("abste: interrupted", file=sys.stderr)
@@ -102,12 +104,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_set(sub)
     sub.add_argument("--seed", type=int, metavar="N", help="short for --set train.seed=N")
     sub.add_argument("--threads", type=int, metavar="N", help="CPU threads; short for --set train.threads=N")
-    sub.add_argument("--precision", metavar="P", help="32-true, bf16-mixed or 16-mixed; short for --set train.precision=P")
+    sub.add_argument(
+        "--precision", metavar="P", help="32-true, bf16-mixed or 16-mixed; short for --set train.precision=P"
+    )
     sub.add_argument("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
     sub.add_argument("--max-minutes", type=float, metavar="M", help="stop cleanly, with a checkpoint, after M minutes")
     sub.add_argument("--max-steps", type=int, metavar="N", help="stop cleanly, with a checkpoint, after N steps")
     sub.add_argument("--accelerator", default="auto", metavar="A", help="auto, cpu, cuda or mps (default: auto)")
-    sub.add_argument("--devices", default="auto", metavar="N", help="number of devices or processes (default: auto)")
+    sub.add_argument("--devices", default="1", metavar="N", help="number of devices or processes, or auto (default: 1)")
     sub.add_argument("--strategy", default="auto", metavar="S", help="auto or ddp (default: auto)")
     sub.add_argument("--num-nodes", type=int, default=1, metavar="N", help="machines of the run (default: 1)")
 
@@ -212,7 +216,7 @@ def _resume_command(arguments: argparse.Namespace) -> str:
     words = ["abste", "train", str(Path(arguments.out) / "recipe.toml")]
     for option in ("data", "out", "accelerator", "devices", "strategy", "num_nodes"):
         value = getattr(arguments, option)
-        if value not in (None, "auto", 1):
+        if value not in (None, "auto", 1, "1"):
             words += ["--" + option.replace("_", "-"), str(value)]
     return shlex.join([*words, "--resume"])
 

@@ -56,4 +56,3 @@ def remove_leftovers(folder: Path) -> None:
     """Delete what killed writes left behind."""
     for path in folder.glob(f"*{TEMPORARY}"):
         path.unlink(missing_ok=True)
-

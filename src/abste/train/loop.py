@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import math
 import os
 import random
+import shutil
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -52,7 +55,7 @@ from abste.train.run import (
 T = TypeVar("T")
 
 _NEVER = 2**62  # a step that no run reaches
-_RUNNING, _MAX_MINUTES, _MAX_STEPS = 0, -1, -2  # reasons to stop; positive ones are signal numbers
+_RUNNING, _MAX_MINUTES, _MAX_STEPS = 0, 1000, 1001  # reasons to stop; those below 1000 are signal numbers
 
 
 class Interrupted(KeyboardInterrupt):
@@ -88,7 +91,7 @@ def fit(
     max_minutes: float | None = None,
     max_steps: int | None = None,
     accelerator: str = "auto",
-    devices: int | str = "auto",
+    devices: int | str = 1,
     strategy: str = "auto",
     num_nodes: int = 1,
     progress: bool = True,
@@ -105,8 +108,8 @@ def fit(
         resume: continue from the last checkpoint.
         max_minutes: stop cleanly after so long in this process.
         max_steps: stop cleanly after so many optimizer steps in this process.
-        accelerator, devices, strategy, num_nodes: of ``lightning.fabric.Fabric``; strategy is "auto" or "ddp". Under
-            torchrun the processes it started are used.
+        accelerator, devices, strategy, num_nodes: of ``lightning.fabric.Fabric``. One device is the default, since more
+            change what batch norm sees; strategy is "auto" or "ddp". Under torchrun, its processes are used.
         progress: print progress to standard output.
 
     Returns:
@@ -131,7 +134,7 @@ def fit(
     run = RunDirectory(out)
     try:
         with contextlib.ExitStack() as stack:
-            _on_rank_zero(fabric, lambda: stack.enter_context(run.owned(resume)) and None)
+            _on_rank_zero(fabric, lambda: stack.enter_context(run.owned(resume)))
             loop = _Loop(fabric, recipe, run, data_root, Progress(progress and fabric.is_global_zero))
             finished = loop.open(resume)
             if finished is not None:
@@ -148,16 +151,24 @@ def _fabric(recipe: Recipe, accelerator: str, devices: int | str, strategy: str,
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has decided
         local = int(os.environ["LOCAL_WORLD_SIZE"])
         devices, num_nodes, strategy = local, int(os.environ["WORLD_SIZE"]) // local, "ddp"
+    # Fabric announces the precision; that is in the recipe.
+    logger = logging.getLogger("lightning_fabric")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
     try:
-        fabric = Fabric(
-            accelerator=accelerator,
-            devices=devices,
-            strategy=strategy,
-            num_nodes=num_nodes,
-            precision=recipe.train.precision,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*AMP with fp16 is not supported on CPU")  # an error, below
+            fabric = Fabric(
+                accelerator=accelerator,
+                devices=devices,
+                strategy=strategy,
+                num_nodes=num_nodes,
+                precision=recipe.train.precision,
+            )
     except (ValueError, RuntimeError, TypeError) as error:  # what Fabric raises for options that do not fit the machine
         raise ConfigError(f"these devices cannot be used: {' '.join(str(error).split())}") from error
+    finally:
+        logger.setLevel(level)
     if recipe.train.precision == "16-mixed" and fabric.device.type == "cpu":
         raise ConfigError("train.precision '16-mixed' needs a GPU; on a CPU use 'bf16-mixed' or '32-true'.")
     if recipe.train.batch_size % fabric.world_size:
@@ -229,22 +240,23 @@ class _Loop:
         np.random.seed(settings.seed)
         torch.manual_seed(settings.seed)
 
-        _on_rank_zero(fabric, lambda: load_data(recipe, data_root) and None)  # one process downloads
+        if fabric.world_size > 1:
+            _on_rank_zero(fabric, lambda: load_data(recipe, data_root)[2])  # one process downloads
         self.train_images, evaluation_images, self.split = load_data(recipe, data_root)
-        ranks = {"rank": fabric.global_rank, "world_size": fabric.world_size}
         self.train = Batches(
             self.train_images,
             settings.batch_size // fabric.world_size,
-            augment=Augment(
-                crop_padding=recipe.data.crop_padding, flip=recipe.data.flip, cutout=recipe.data.cutout
-            ),
+            augment=Augment(crop_padding=recipe.data.crop_padding, flip=recipe.data.flip, cutout=recipe.data.cutout),
             seed=settings.seed,
             device=self.device,
             channels_last=settings.channels_last,
             train=True,
-            **ranks,
+            rank=fabric.global_rank,
+            world_size=fabric.world_size,
         )
-        self.evaluation = evaluation_batches(evaluation_images, recipe, self.device, **ranks)
+        self.evaluation = evaluation_batches(
+            evaluation_images, recipe, self.device, fabric.global_rank, fabric.world_size
+        )
         self.steps_per_epoch = len(self.train)
         self.total_steps = settings.epochs * self.steps_per_epoch
 
@@ -252,13 +264,13 @@ class _Loop:
         self.macs = _macs(self.module, recipe)
         self.module.to(self.device)
         if settings.channels_last:
-            self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.module.to(memory_format=torch.channels_last)
         self.raw_optimizer = _optimizer(self.module, recipe)
         for group in self.raw_optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         self.schedule = _estimator_schedule(self.module, self.total_steps)
         self.averaged = _averaged(self.module, recipe)
-        self.model, self.optimizer = fabric.setup(self.module, self.raw_optimizer)
+        self.model, self.optimizer = fabric.setup(_compiled(self.module, recipe, self.device), self.raw_optimizer)
         torch.manual_seed(settings.seed + fabric.global_rank)  # dropout and the like differ between ranks
 
         self.epoch = 0
@@ -271,6 +283,7 @@ class _Loop:
         self.epoch_sums = [0.0, 0.0, 0.0]  # loss, correct, images of this epoch up to the last metrics
         self.last_training: dict[str, Any] | None = None
         self.last_evaluation: dict[str, Any] | None = None
+        self.metrics_bytes = 0
         self.saved_step: int | None = None
         self.signals = _Signals()
         self.writer: Any = None
@@ -296,16 +309,18 @@ class _Loop:
             if finished is not None:
                 self.progress.line(f"{self.run.path} is already finished")
                 return finished
-        _on_rank_zero(self.fabric, self._open_files)
+        _on_rank_zero(self.fabric, lambda: self._open_files(resume))
         return None
 
-    def _open_files(self) -> None:
+    def _open_files(self, resume: bool) -> None:
         run = self.run
+        write_atomic(run.recipe, self.recipe.to_toml().encode())  # first: it makes the directory a run
         write_atomic(run.conversion, (self.conversion + "\n").encode())
-        write_atomic(run.recipe, self.recipe.to_toml().encode())
         try:
             self.metrics_file = open(run.metrics, "ab")  # noqa: SIM115, closed with the run
+            # What came after the checkpoint will come again.
             self.metrics_file.truncate(min(self.metrics_bytes, self.metrics_file.tell()))
+            self.metrics_file.seek(0, os.SEEK_END)
             with open(run.sessions, "a", encoding="utf-8") as file:
                 session = {
                     "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -318,7 +333,7 @@ class _Loop:
             raise write_error(run.path, error) from error
         from torch.utils.tensorboard import SummaryWriter  # seconds to import, needed here only
 
-        self.writer = SummaryWriter(str(run.tensorboard), purge_step=self.step + 1 if self.step else None)
+        self.writer = SummaryWriter(str(run.tensorboard), purge_step=self.step + 1 if resume else None)
 
     metrics_bytes = 0
 
@@ -391,23 +406,28 @@ class _Loop:
             self.train_seconds += now - begun
             self.timed_seconds += now - begun
             self.timed_steps += 1
-            agree = self.step % settings.log_every == 0 or self.done == self.steps_per_epoch
+            log = self.step % settings.log_every == 0 or self.done == self.steps_per_epoch
+            agree = alone or log or self.step >= self.last_step
             reason, due = self._wishes(now)
-            if agree:
-                if not alone:
-                    wishes = torch.tensor([abs(reason), int(reason < 0), int(due)], device=self.device)
-                    wishes = self.fabric.all_reduce(wishes, reduce_op="max")  # type: ignore[assignment]
-                    size, negative, any_due = wishes.tolist()
-                    reason, due = (-size if negative else size), bool(any_due)
+            if agree and not alone:
+                wishes = self._reduce(torch.tensor([reason, int(due)], device=self.device), "max")
+                reason, due = int(wishes[0]), bool(wishes[1])
+            if log:
                 self._log()
             self._show(now)
-            if agree or alone:
-                if reason != _RUNNING or (due and self.done < self.steps_per_epoch):
-                    self._save()
-                if reason != _RUNNING:
-                    return reason
+            if agree and (reason != _RUNNING or (due and self.done < self.steps_per_epoch)):
+                self._save()
+            if agree and reason != _RUNNING:
+                return reason
             begun = time.monotonic()
         return _RUNNING
+
+    def _reduce(self, values: Tensor, how: str) -> Tensor:
+        """``values`` reduced ("sum", "min" or "max") over all processes."""
+        if self.fabric.world_size == 1:
+            return values
+        reduced = self.fabric.all_reduce(values.clone(), reduce_op=how)
+        return cast(Tensor, reduced)
 
     def _wishes(self, now: float) -> tuple[int, bool]:
         """This process's reason to stop, and whether a checkpoint is due."""
@@ -442,7 +462,7 @@ class _Loop:
         self.window_images += len(labels)
         if self.averaged is not None and recipe.average is not None:
             begin = recipe.average.start * self.total_steps
-            if step >= begin and (step + 1) % recipe.average.every == 0:
+            if step + 1 == self.total_steps or (step >= begin and (step + 1) % recipe.average.every == 0):
                 self.averaged.update_parameters(self.module)
         self.done += 1
 
@@ -453,29 +473,29 @@ class _Loop:
             tensors = [t for t in self.module.state_dict().values() if t.is_floating_point()]
             finite = torch.stack([t.isfinite().all() for t in tensors]).all()
             bad = torch.where(finite, bad, bad.clamp(max=self.step))
-        if self.fabric.world_size > 1:
-            bad = self.fabric.all_reduce(bad.clone(), reduce_op="min")  # type: ignore[assignment]
-        first = int(bad)
+        first = int(self._reduce(bad, "min"))
         if first == _NEVER:
             return
         epoch = min(first // self.steps_per_epoch, self.recipe.train.epochs - 1)
-        lr = self.recipe.optimizer.lr * lr_factor(self.recipe.schedule, min(first, self.total_steps - 1), self.total_steps)
-        if self.saved_step is None:
-            good = "no checkpoint was written before it"
-        else:
-            good = f"{self.run.checkpoint} holds the run as it was after {self.saved_step} steps"
+        lr = self.recipe.optimizer.lr * lr_factor(
+            self.recipe.schedule, min(first, self.total_steps - 1), self.total_steps
+        )
         raise NonFiniteLossError(
-            f"the loss is no longer finite at step {first} (epoch {epoch + 1}, learning rate {lr:.3g}); {good}; "
+            f"the loss is no longer finite at step {first} (epoch {epoch + 1}, learning rate {lr:.3g}); "
+            f"{self._last_good()}; "
             "try a lower optimizer.lr, or optimizer.clip_grad_norm."
         )
+
+    def _last_good(self) -> str:
+        if self.saved_step is None:
+            return "no checkpoint was written before it"
+        return f"{self.run.checkpoint} holds the run as it was after {self.saved_step} steps"
 
     def _log(self) -> None:
         """Metrics of the steps since the last ones."""
         self._check_finite()
-        sums = torch.cat([self.window, torch.tensor([float(self.window_images)], device=self.device)]).double()
-        if self.fabric.world_size > 1:
-            sums = self.fabric.all_reduce(sums, reduce_op="sum")  # type: ignore[assignment]
-        loss, correct, images = sums.tolist()
+        images = float(self.window_images * self.fabric.world_size)
+        loss, correct = self._reduce(self.window, "sum").tolist()
         self.window.zero_()
         self.window_images = 0
         self.epoch_sums = [a + b for a, b in zip(self.epoch_sums, (loss, correct, images), strict=True)]
@@ -521,10 +541,13 @@ class _Loop:
 
     def _evaluate(self, model: nn.Module) -> dict[str, Any]:
         self._share_buffers()
-        totals = count_correct(model, self.evaluation)
-        if self.fabric.world_size > 1:
-            totals = self.fabric.all_reduce(totals.to(self.device), reduce_op="sum")  # type: ignore[assignment]
-        return as_result(totals)
+        result = as_result(self._reduce(count_correct(model, self.evaluation).to(self.device), "sum"))
+        if not math.isfinite(result["loss"]):
+            raise NonFiniteLossError(
+                f"the loss on the {self.split.replace('_', '-')} images is not finite after step {self.step}; "
+                f"{self._last_good()}; try a lower optimizer.lr."
+            )
+        return result
 
     def _share_buffers(self) -> None:
         """Rank 0's batch-norm statistics everywhere, as DDP does at the start of each step."""
@@ -564,6 +587,10 @@ class _Loop:
         now = time.monotonic()
         self.seconds += now - self.clock
         self.clock = now
+        try:
+            os.fsync(self.metrics_file.fileno())
+        except OSError as error:
+            raise write_error(self.run.metrics, error) from error
         state = {
             "recipe": self.recipe.to_dict(),
             "model": self.module.state_dict(),
@@ -586,7 +613,7 @@ class _Loop:
 
     def _stopped(self, reason: int) -> dict[str, Any]:
         where = f"after {self.step} of {self.total_steps} steps; {self.run.checkpoint} is written"
-        if reason > 0:
+        if reason < _MAX_MINUTES:
             raise Interrupted(reason, f"stopped by {signal.Signals(reason).name} {where}")
         why = "max_minutes" if reason == _MAX_MINUTES else "max_steps"
         self.progress.line(f"stopped by {why} {where}")
@@ -648,9 +675,19 @@ class _Loop:
 def _write_weights(path: Path, module: nn.Module, recipe: Recipe) -> str:
     """Write a state dict as safetensors and give the file's SHA-256."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-    data = save_safetensors(tensors, metadata={"format": "pt", "recipe": recipe.name})
+    # One key of metadata: the order of several is random, and equal weights should make equal files.
+    data = save_safetensors(tensors, metadata={"recipe": recipe.name})
     write_atomic(path, data)
     return hashlib.sha256(data).hexdigest()
+
+
+def _compiled(module: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
+    if not recipe.train.compile:
+        return module
+    compilers = filter(None, (os.environ.get("CXX"), "g++", "clang++"))
+    if device.type == "cpu" and not any(shutil.which(compiler) for compiler in compilers):
+        raise ConfigError("train.compile needs a C++ compiler on a CPU: install g++, or --set train.compile=false.")
+    return torch.compile(module)  # type: ignore[return-value]
 
 
 def _optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

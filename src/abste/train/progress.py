@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from typing import TextIO
@@ -53,6 +54,7 @@ class Progress:
         self._last = time.monotonic()
 
     def _rewrite(self, text: str) -> None:
+        text = text[: shutil.get_terminal_size().columns - 1]  # a wrapped line could not be rewritten
         self.stream.write("\r" + text.ljust(self._width) + ("" if text else "\r"))
         self.stream.flush()
         self._width = len(text)

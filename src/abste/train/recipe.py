@@ -9,19 +9,17 @@ tomli-w, not torch.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic.functional_validators import AfterValidator
+from pydantic.functional_validators import AfterValidator, BeforeValidator
 from pydantic_core import PydanticCustomError
 
 from abste.errors import ConfigError, nearest
-
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
 def _check_spec(value: Any) -> Any:
@@ -32,6 +30,10 @@ def _check_spec(value: Any) -> Any:
     raise PydanticCustomError("binarizer_type", "")
 
 
+def _none_is_a_word(value: Any) -> Any:
+    return "none" if value is None else value  # as --set gives it
+
+
 Spec = Annotated[Any, AfterValidator(_check_spec)]
 """A binarizer: its name, a table with its name and arguments (``{name = "ab_tanh", k = 3.0}``), or nothing (float)."""
 
@@ -40,6 +42,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
+    """A table of a recipe: no other keys, no conversions between types."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
@@ -51,7 +55,8 @@ class DataSection(Section):
     """Channels, height, width; checked against the data set."""
     classes: Annotated[int, Field(gt=0)] = 10
     holdout: Count = 0
-    """Images of the training set held out; then every evaluation is on them and the test set is not touched."""
+    """Images of the training set held out, the same for every seed; then every evaluation is on them, none on the test
+    set."""
     crop_padding: Count = 0
     flip: Literal["none", "random", "alternating"] = "none"
     cutout: Count = 0
@@ -65,20 +70,33 @@ class ModelSection(Section):
 
 
 class BinarizeSection(Section):
-    """Arguments of ``abste.convert``; without this section the network stays float."""
+    """Arguments of ``abste.convert``, with its defaults; without this section the network stays float."""
 
     weights: Spec = None
     activations: Spec = None
+    keep_float: list[str] = Field(default_factory=list)
+    keep_first: bool = True
+    keep_last: bool = True
+    keep_projections: bool = True
+    unsigned_inputs: Literal["error", "keep_float", "weights_only", "batch_norm"] = "error"
     standardize: bool = True
-    scale: str = "channel"
+    normalize: bool = True
+    scale: Annotated[Literal["channel", "tensor", "learned", "none"], BeforeValidator(_none_is_a_word)] = "channel"
+    scale_gradient: bool = False
     pad_value: Literal[-1, 0, 1] = 0
-    unsigned_inputs: str = "error"
 
     @model_validator(mode="after")
     def _something_to_do(self) -> BinarizeSection:
         if self.weights is None and self.activations is None:
             raise PydanticCustomError("rule", "needs 'weights', 'activations' or both; leave the section out for float")
         return self
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments for ``abste.convert``."""
+        arguments = self.model_dump()
+        if self.scale == "none":
+            arguments["scale"] = None
+        return arguments
 
 
 class OptimizerSection(Section):
@@ -122,6 +140,8 @@ class TrainSection(Section):
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     """Of training; evaluation is always float32."""
     channels_last: bool = True
+    compile: bool = False
+    """Train through torch.compile: a minute or two at the start, then faster steps. On a CPU it needs a C++ compiler."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     eval_every: Annotated[int, Field(gt=0)] = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
@@ -174,18 +194,19 @@ FREE_KEYS = frozenset(
 )
 
 
-def flatten(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """``(dotted key, value)`` of every leaf."""
-    for key, value in tables.items():
-        if isinstance(value, Mapping) and value:
-            yield from flatten(value, f"{prefix}{key}.")
+def _leaves(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in recipe.items():
+        if isinstance(value, Mapping):
+            leaves |= {f"{key}.{inner}": leaf for inner, leaf in value.items()}
         else:
-            yield prefix + key, value
+            leaves[key] = value
+    return leaves
 
 
 def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
     """The first key, with both values, in which two resolved recipes would compute something different."""
-    a, b = dict(flatten(old)), dict(flatten(new))
+    a, b = _leaves(old), _leaves(new)
     for key in [*a, *(key for key in b if key not in a)]:
         if key not in FREE_KEYS and a.get(key) != b.get(key):
             return key, a.get(key), b.get(key)
@@ -231,13 +252,24 @@ def _shown(value: Any) -> str:
     return repr(value) if len(repr(value)) <= 60 else f"a {type(value).__name__}"
 
 
+def _hint(key: str) -> str:
+    """The end of the message for an unknown key."""
+    known = known_keys()
+    section, _, last = key.rpartition(".")
+    elsewhere = [other for other in known if other.endswith("." + last)]
+    if elsewhere:
+        return f"did you mean {' or '.join(map(repr, elsewhere))}?"
+    hint = nearest(key, [other for other in known if ("." in other) == bool(section)])
+    if hint.startswith("did"):
+        return hint
+    return f"section '{section}' has no such key." if section else "there is no such section."  # all names are no hint
+
+
 def _problem(error: Mapping[str, Any]) -> str:
     """One pydantic error as part of a sentence."""
     key, kind, given, ctx = ".".join(map(str, error["loc"])), error["type"], error["input"], error.get("ctx", {})
     if kind == "extra_forbidden":
-        hint = nearest(key, known_keys())
-        if not hint.startswith("did"):  # every key there is would be no hint
-            hint = f"section '{key.split('.')[0]}' has no such key." if "." in key else "there is no such section."
+        hint = _hint(key)
         return f"unknown key '{key}'; {hint}"
     if kind == "missing":
         return f"'{key}' is missing."
@@ -246,7 +278,7 @@ def _problem(error: Mapping[str, Any]) -> str:
     bounds = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le"}
     words = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
     if kind in bounds:
-        wanted = f"{words[bounds[kind]]} {ctx[bounds[kind]]}"
+        wanted = f"{words[bounds[kind]]} {ctx[bounds[kind]]:g}"
     elif kind == "literal_error":
         wanted = str(ctx["expected"])
     elif kind in ("too_short", "too_long"):

@@ -62,8 +62,10 @@ class RunDirectory:
                 or holds something else.
         """
         if resume and not self.exists():
-            raise RunError(f"there is no run to resume in {self.path}; check --out, or leave --resume out to start one.")
-        created = not self.path.exists()
+            raise RunError(
+                f"there is no run to resume in {self.path}; check --out, or leave --resume out to start one."
+            )
+        created, locked = not self.path.exists(), False
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o666)
@@ -78,6 +80,7 @@ class RunDirectory:
                 ) from None
             except OSError:
                 pass  # a file system without locks
+            locked = True
             if self.exists() and not resume:
                 raise RunError(f"{self.path} already holds a run; continue it with --resume, or choose another --out.")
             remove_leftovers(self.path)
@@ -88,10 +91,11 @@ class RunDirectory:
                 )
             yield
         finally:
-            if not self.exists() and created:  # nothing came of it
+            if locked and not self.exists():  # nothing came of it
                 with contextlib.suppress(OSError):
                     self.lock.unlink()
-                    self.path.rmdir()
+                    if created:
+                        self.path.rmdir()
             os.close(descriptor)
 
     def read_recipe(self) -> Recipe:
@@ -142,7 +146,7 @@ def build_model(recipe: Recipe) -> tuple[nn.Module, str]:
         return model, "full precision: nothing was binarised"
     from abste.nn import convert
 
-    report = convert(model, **recipe.binarize.model_dump(), example_input=example_input(recipe))
+    report = convert(model, **recipe.binarize.arguments(), example_input=example_input(recipe))
     return model, str(report)
 
 
@@ -157,28 +161,34 @@ def load_data(recipe: Recipe, root: str | Path | None) -> tuple[ImageData, Image
     train, evaluation = load(section.name, root=root)
     shape, classes = list(train.images.shape[1:]), len(train.classes)
     if shape != section.image_shape:
-        raise DataError(f"data set '{section.name}' has images of {shape}, but data.image_shape is {section.image_shape}.")
+        raise DataError(
+            f"data set '{section.name}' has images of {shape}, but data.image_shape is {section.image_shape}."
+        )
     if classes != section.classes:
         raise DataError(f"data set '{section.name}' has {classes} classes, but data.classes is {section.classes}.")
     if section.holdout:
-        train, evaluation = hold_out(train, section.holdout, recipe.train.seed)
+        # One split for every seed, so that runs differ in nothing but what the seed is meant to vary.
+        train, evaluation = hold_out(train, section.holdout, seed=0)
         return train, evaluation, "held_out"
     return train, evaluation, "test"
 
 
 @torch.no_grad()
 def count_correct(model: nn.Module, batches: Batches) -> Tensor:
-    """Correct predictions, summed cross-entropy and number of images, float64 of shape (3,): in eval mode, in float32."""
+    """Correct answers, summed cross-entropy and number of images, float64 of shape (3,); in eval mode and float32."""
     was_training = model.training
     model.eval()
-    totals = torch.zeros(3, dtype=torch.float64)
-    for images, labels in batches.epoch(0):
-        logits = model(images)
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        correct = (logits.argmax(1) == labels).sum()
-        totals += torch.tensor([correct.item(), loss.item(), len(labels)], dtype=torch.float64)
+    correct, losses, images = [], [], 0
+    for inputs, labels in batches.epoch(0):
+        logits = model(inputs)
+        losses.append(F.cross_entropy(logits, labels, reduction="sum"))
+        correct.append((logits.argmax(1) == labels).sum())
+        images += len(labels)
     model.train(was_training)
-    return totals
+    if not images:  # a rank with no share of a small set
+        return torch.zeros(3, dtype=torch.float64)
+    sums = [torch.stack(values).cpu().double().sum() for values in (correct, losses)]
+    return torch.stack([*sums, torch.tensor(images, dtype=torch.float64)])
 
 
 def as_result(totals: Tensor) -> dict[str, Any]:
@@ -230,8 +240,14 @@ def _read_weights(path: Path, summary: Mapping[str, Any] | None) -> dict[str, Te
     return state
 
 
-def evaluate(path: str | Path, data_root: str | Path | None = None, *, averaged: bool = False,
-             recalibrate: bool = False, device: str | torch.device = "cpu") -> dict[str, Any]:
+def evaluate(
+    path: str | Path,
+    data_root: str | Path | None = None,
+    *,
+    averaged: bool = False,
+    recalibrate: bool = False,
+    device: str | torch.device = "cpu",
+) -> dict[str, Any]:
     """Evaluate a run in float32 on its test set, or on its held-out images where its recipe holds some out.
 
     Args:
@@ -257,8 +273,9 @@ def evaluate(path: str | Path, data_root: str | Path | None = None, *, averaged:
     return {"split": split, **as_result(count_correct(model, evaluation_batches(images, recipe, device)))}
 
 
-def evaluation_batches(images: ImageData, recipe: Recipe, device: str | torch.device, rank: int = 0,
-                       world_size: int = 1) -> Batches:
+def evaluation_batches(
+    images: ImageData, recipe: Recipe, device: str | torch.device, rank: int = 0, world_size: int = 1
+) -> Batches:
     """Every image once, as it is."""
     return Batches(
         images,
@@ -287,6 +304,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
+    versions["torch"] = torch.__version__  # with what it was built for
     found = {
         "python": platform.python_version(),
         **versions,
@@ -325,5 +343,3 @@ def git_state() -> dict[str, Any] | None:
         return None
     commit = git("rev-parse", "HEAD")
     return None if commit is None else {"commit": commit, "modified": bool(git("status", "--porcelain", "--", "."))}
-
-

@@ -1,0 +1,315 @@
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from abste.errors import AbsteError, CheckpointError, ConfigError, DataError, NonFiniteLossError, RunError
+from abste.train import Recipe, evaluate, fit, load_run
+from abste.train.loop import lr_factor
+from abste.train.recipe import ScheduleSection, make_recipe
+
+Tiny = Callable[..., Recipe]
+
+
+@given(
+    st.sampled_from(["linear", "cosine", "constant"]),
+    st.floats(0, 0.95),
+    st.floats(0, 1),
+    st.integers(1, 500),
+)
+def test_lr_factor(shape: Any, warmup: float, final: float, total: int) -> None:
+    schedule = ScheduleSection(shape=shape, warmup=warmup, final=final)
+    values = [lr_factor(schedule, step, total) for step in range(total)]
+    assert all(0 < value <= 1 for value in values)
+    rising = sum(step < warmup * total for step in range(total))
+    assert values[:rising] == sorted(values[:rising])
+    assert values[rising:] == sorted(values[rising:], reverse=True)
+    if rising < total and shape != "constant":
+        assert values[-1] >= final - 1e-9
+        assert values[rising] == pytest.approx(1, abs=2 / (total - warmup * total))
+
+
+def test_lr_factor_is_triangular() -> None:
+    schedule = ScheduleSection(shape="linear", warmup=0.2, final=0)
+    values = [lr_factor(schedule, step, 1000) for step in range(1000)]
+    assert max(values) == values[200] == 1
+    assert values[100] == pytest.approx(0.5, abs=0.01) and values[600] == pytest.approx(0.5)
+    assert values[-1] == pytest.approx(1 / 800)
+
+
+def test_a_run(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tiny("optimizer.latent_lr=0.4")
+    out = tmp_path / "runs" / "one"
+    threads = torch.get_num_threads()
+    summary = fit(recipe, None, out)
+    assert torch.get_num_threads() == threads
+    assert json.loads((out / "summary.json").read_text()) == summary
+    assert make_recipe(tomllib.loads((out / "recipe.toml").read_text()), "x") == recipe
+    assert "ab_tanh" in (out / "conversion.txt").read_text()
+    assert summary["finished"] and summary["resumes"] == 0
+    assert summary["test"]["epoch"] == 3 and summary["test"]["images"] == 355
+    assert 0.2 < summary["test"]["accuracy"] <= 1
+    cost = summary["cost"]
+    assert cost["steps"] == 66 and cost["samples"] == 66 * 64
+    assert cost["estimated_training_flops"] == 6 * cost["forward_macs"] * cost["samples"] > 0
+    assert summary["environment"]["torch"] == torch.__version__ and summary["environment"]["threads"] == 1
+    assert not list(out.glob("*.tmp"))
+
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    train = [line["step"] for line in lines if line["kind"] == "train"]
+    assert train == [*range(5, 25, 5), 22, *range(25, 45, 5), 44, *range(45, 70, 5), 66]
+    assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [22, 44, 66]
+    assert lines[-1]["accuracy"] == summary["test"]["accuracy"] and lines[-1]["split"] == "test"
+    peak = max(line["lr"] for line in lines if line["kind"] == "train")
+    assert 0.15 < peak <= 0.2
+
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 4 and printed[1].startswith("epoch 1/3  step 22  train loss ")  # readable in a log file
+    assert "\r" not in "".join(printed)
+
+    model = load_run(out)
+    assert not model.training
+    result = evaluate(out)
+    assert result["split"] == "test" and result["accuracy"] == summary["test"]["accuracy"]
+    assert result["loss"] == pytest.approx(summary["test"]["loss"], rel=1e-6)
+    assert evaluate(out, recalibrate=True)["accuracy"] > 0.2
+    assert fit(recipe, None, out, resume=True) == summary  # nothing left to do
+
+
+VARIANTS = {
+    "w1a32": [],
+    "w1a1, ema, adamw, clipped": [
+        "model.name=resnet8_bireal",
+        "binarize.activations=approx_sign",
+        "average.decay=0.9",
+        "optimizer.name=adamw",
+        "optimizer.lr=0.01",
+        "optimizer.clip_grad_norm=1.0",
+    ],
+    "reste, swa, bf16, augmented": [
+        "binarize.weights=reste",
+        "average.method=swa",
+        "average.every=3",
+        "average.start=0.3",
+        "train.precision=bf16-mixed",
+        "data.cutout=3",
+        "data.flip=alternating",
+        "train.label_smoothing=0.1",
+        "schedule.shape=cosine",
+        "train.channels_last=false",
+    ],
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_same_bits_again_and_after_stops(tiny: Tiny, tmp_path: Path, outcome: Any, variant: str) -> None:
+    recipe = tiny(*VARIANTS[variant])
+    fit(recipe, None, tmp_path / "a", progress=False)
+    fit(recipe, None, tmp_path / "b", progress=False)
+    expected = outcome(tmp_path / "a")
+    assert outcome(tmp_path / "b") == expected
+
+    torch.manual_seed(123)  # nothing of the caller's state may matter
+    stopped = fit(recipe, None, tmp_path / "c", max_steps=8, progress=False)
+    assert stopped == {"finished": False, "stopped": "max_steps", "epoch": 0, "step": 8}
+    fit(recipe, None, tmp_path / "c", resume=True, max_steps=14, progress=False)  # the last step of an epoch
+    stopped = fit(recipe, None, tmp_path / "c", resume=True, max_minutes=0, progress=False)
+    assert (stopped["stopped"], stopped["step"]) == ("max_minutes", 23)
+    summary = fit(recipe, None, tmp_path / "c", resume=True, progress=False)
+    assert outcome(tmp_path / "c") == expected
+    assert summary["resumes"] == 3
+    assert ("averaged" in summary) == (recipe.average is not None)
+    if recipe.average is not None:
+        averaged = evaluate(tmp_path / "c", averaged=True)
+        assert averaged["accuracy"] == summary["averaged"]["test"]["accuracy"]
+
+
+def test_seeds_differ(tiny: Tiny, tmp_path: Path, outcome: Any) -> None:
+    for seed in (1, 2):
+        fit(tiny(f"train.seed={seed}", "train.epochs=1"), None, tmp_path / str(seed), progress=False)
+    assert outcome(tmp_path / "1")[0] != outcome(tmp_path / "2")[0]
+
+
+def test_curves_have_no_duplicates(tiny: Tiny, tmp_path: Path) -> None:
+    recipe = tiny()
+    # Killed between checkpoint and the next one: metrics go on, the checkpoint is the older one.
+    fit(recipe, None, tmp_path / "r", max_steps=30, progress=False)
+    checkpoint = (tmp_path / "r" / "last.ckpt").read_bytes()
+    fit(recipe, None, tmp_path / "r", resume=True, max_steps=25, progress=False)
+    (tmp_path / "r" / "last.ckpt").write_bytes(checkpoint)
+    with open(tmp_path / "r" / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "st')  # half a line
+    fit(recipe, None, tmp_path / "r", resume=True, progress=False)
+    steps = [
+        (line["kind"], line["step"])
+        for line in map(json.loads, (tmp_path / "r" / "metrics.jsonl").read_text().splitlines())
+    ]
+    assert len(steps) == len(set(steps)) == 19 and [s for _, s in steps] == sorted(s for _, s in steps)
+    board = EventAccumulator(str(tmp_path / "r" / "tensorboard")).Reload()
+    shown = [event.step for event in board.Scalars("train/loss")]
+    assert shown == [step for kind, step in steps if kind == "train"]
+
+
+def test_held_out_images_replace_the_test_set(tiny: Tiny, tmp_path: Path) -> None:
+    summary = fit(tiny("data.holdout=200", "train.epochs=1"), None, tmp_path / "r", progress=False)
+    assert summary["held_out"]["images"] == 200 and "test" not in summary
+    assert summary["cost"]["steps"] == (1442 - 200) // 64
+    assert evaluate(tmp_path / "r")["split"] == "held_out"
+
+
+@pytest.mark.parametrize("every", [1, 5, 1000])
+def test_non_finite_loss(tiny: Tiny, tmp_path: Path, every: int) -> None:
+    recipe = tiny("optimizer.lr=1e30", f"train.log_every={every}", "train.checkpoint_minutes=1e-5")
+    with pytest.raises(NonFiniteLossError, match=r"no longer finite at step \d+ \(epoch 1, learning rate \d.*e\+") as caught:
+        fit(recipe, None, tmp_path / "r", progress=False)
+    path = tmp_path / "r" / "last.ckpt"
+    if path.exists():
+        assert f"{path} holds the run as it was after" in str(caught.value)
+        assert all(tensor.isfinite().all() for tensor in load_run(path.parent).state_dict().values())
+    else:
+        assert "no checkpoint was written before it" in str(caught.value)
+    assert not (tmp_path / "r" / "summary.json").exists()
+
+
+def test_non_finite_weights_are_not_saved(tiny: Tiny, tmp_path: Path) -> None:
+    # The loss of the only step is finite; what it does to the weights is not.
+    recipe = tiny("optimizer.lr=1e38", "optimizer.weight_decay=1e38", "schedule.warmup=0.0")
+    with pytest.raises(NonFiniteLossError, match="no longer finite at step"):
+        fit(recipe, None, tmp_path / "r", max_steps=1, progress=False)
+    assert not (tmp_path / "r" / "last.ckpt").exists()
+
+
+def test_run_directories(tiny: Tiny, tmp_path: Path) -> None:
+    recipe, out = tiny("train.epochs=1"), tmp_path / "r"
+    with pytest.raises(RunError, match=r"there is no run to resume in .*r; check --out"):
+        fit(recipe, None, out, resume=True)
+    assert not out.exists()
+    fit(recipe, None, out, max_steps=3, progress=False)
+    with pytest.raises(RunError, match=r"already holds a run; continue it with --resume, or choose another --out"):
+        fit(recipe, None, out)
+    descriptor = os.open(out / ".lock", os.O_RDWR)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(RunError, match="is in use by another process"):
+        fit(recipe, None, out, resume=True)
+    os.close(descriptor)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("x")
+    with pytest.raises(RunError, match=r"holds files that are no run of abste \('thesis.tex'\)"):
+        fit(recipe, None, foreign)
+    assert [path.name for path in foreign.iterdir()] == ["thesis.tex"]
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RunError, match="cannot use .*file as run directory"):
+        fit(recipe, None, tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    assert fit(recipe, None, tmp_path / "empty", progress=False)["finished"]
+
+
+def test_resume_before_the_first_checkpoint(tiny: Tiny, tmp_path: Path, outcome: Any) -> None:
+    recipe = tiny("train.epochs=1")
+    fit(recipe, None, tmp_path / "a", progress=False)
+    fit(recipe, None, tmp_path / "b", max_steps=13, progress=False)
+    (tmp_path / "b" / "last.ckpt").unlink()
+    with pytest.raises(RunError, match=r"has no weights.safetensors yet"):
+        load_run(tmp_path / "b")
+    fit(recipe, None, tmp_path / "b", resume=True, progress=False)
+    assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["model.name=resnet9"], ConfigError, "resnet9"),
+        (["model.kwargs.wdth=4"], ConfigError, "wdth"),
+        (["data.name=digit"], ConfigError, "did you mean 'digits'"),
+        (["binarize.weights=ab_tahn"], ConfigError, "did you mean 'ab_tanh'"),
+        (["data.image_shape=[3,8,8]"], DataError, r"images of \[1, 8, 8\], but data.image_shape is \[3, 8, 8\]"),
+        (["data.classes=9"], DataError, "10 classes, but data.classes is 9"),
+        (["data.holdout=5000"], ConfigError, "5000"),
+        (["train.batch_size=2000"], ConfigError, "2000"),
+        (["train.precision=16-mixed"], ConfigError, "needs a GPU"),
+    ],
+)
+def test_what_does_not_fit_leaves_nothing(
+    tiny: Tiny, tmp_path: Path, overrides: list[str], error: type[AbsteError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        fit(tiny(*overrides), None, tmp_path / "r")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_devices_that_are_not_there(tiny: Tiny, tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="these devices cannot be used"):
+            fit(tiny(), None, tmp_path / "r", accelerator="cuda")
+    with pytest.raises(ConfigError, match="these devices cannot be used"):
+        fit(tiny(), None, tmp_path / "r", accelerator="abacus")
+    with pytest.raises(ConfigError, match="strategy must be 'auto' or 'ddp', not 'fsdp'"):
+        fit(tiny(), None, tmp_path / "r", strategy="fsdp")
+    with pytest.raises(ConfigError, match="max_minutes"):
+        fit(tiny(), None, tmp_path / "r", max_minutes=math.nan)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_foreign_checkpoints(tiny: Tiny, tmp_path: Path) -> None:
+    fit(tiny(), None, tmp_path / "a", max_steps=3, progress=False)
+    fit(tiny("optimizer.lr=0.3"), None, tmp_path / "b", max_steps=3, progress=False)
+    wide = tiny("model.kwargs.width=8")
+    fit(wide, None, tmp_path / "wide", max_steps=3, progress=False)
+    mine, before = tmp_path / "a" / "last.ckpt", (tmp_path / "a" / "last.ckpt").read_bytes()
+
+    with pytest.raises(CheckpointError, match=r"was written with optimizer.lr = 0.2, but this run asks for 0.3; resume with"):
+        fit(tiny("optimizer.lr=0.3"), None, tmp_path / "a", resume=True)
+    mine.write_bytes((tmp_path / "b" / "last.ckpt").read_bytes())
+    with pytest.raises(CheckpointError, match=r"last.ckpt was written with optimizer.lr = 0.3, but this run asks for 0.2"):
+        fit(tiny(), None, tmp_path / "a", resume=True)
+    mine.write_bytes((tmp_path / "wide" / "last.ckpt").read_bytes())
+    with pytest.raises(CheckpointError, match=r"model.kwargs = \{'width': 8\}"):
+        fit(tiny(), None, tmp_path / "a", resume=True)
+    with pytest.raises(CheckpointError, match=r"of another model than its recipe's: its 'conv1.weight' has shape"):
+        load_run(tmp_path / "a")
+    mine.write_bytes(before[:-100])
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        fit(tiny(), None, tmp_path / "a", resume=True)
+    mine.write_bytes(before)
+    assert fit(tiny("train.log_every=7"), None, tmp_path / "a", resume=True, progress=False)["finished"]
+
+
+def test_load_run(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"holds no run of abste: recipe.toml is missing"):
+        load_run(tmp_path)
+    out = tmp_path / "r"
+    fit(tiny("train.epochs=2"), None, out, max_steps=30, progress=False)
+    unfinished = load_run(out).state_dict()
+    fit(tiny("train.epochs=2"), None, out, resume=True, progress=False)
+    finished = load_run(out).state_dict()
+    assert any(not torch.equal(unfinished[name], finished[name]) for name in finished)
+    with pytest.raises(RunError, match=r"its recipe has no section \[average\]"):
+        load_run(out, averaged=True)
+    weights = out / "weights.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-7])
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        load_run(out)
+    weights.write_bytes(data[:-7] + b"\0" * 7)
+    with pytest.raises(CheckpointError, match="checksums differ"):
+        load_run(out)
+    weights.write_bytes(data)
+    (out / "recipe.toml").write_text((out / "recipe.toml").read_text().replace("width = 4", "width = 8"))
+    with pytest.raises(CheckpointError, match="of another model than its recipe's"):
+        load_run(out)
+    (out / "recipe.toml").write_text("x = [")
+    with pytest.raises(RunError, match=r"recipe.toml is damaged"):
+        load_run(out)

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from abste.errors import ConfigError
+from abste.train.recipe import Recipe, builtin_recipes, first_difference, load_recipe, make_recipe
+
+DIGITS = "digits-resnet8-w1a32"
+
+
+@pytest.mark.parametrize("name", builtin_recipes())
+@pytest.mark.parametrize("overrides", [[], ["average.decay=0.5", "train.threads=2", "binarize.weights={name='ste', t=1}"]])
+def test_round_trip(name: str, overrides: list[str]) -> None:
+    recipe = load_recipe(name, overrides)
+    assert recipe.description
+    assert make_recipe(tomllib.loads(recipe.to_toml()), "again") == recipe
+
+
+def test_optional_keys_default_to_none() -> None:
+    # None is written by omission, which only reads back where it is the default.
+    for section in (Recipe(), Recipe().data, Recipe().optimizer, Recipe().train, Recipe().schedule):
+        for name, field in type(section).model_fields.items():
+            if type(None) in get_args(field.annotation):
+                assert field.default is None, name
+
+
+@pytest.mark.parametrize(
+    ("binary", "allowed"),
+    [("cifar10-resnet20-w1a32", {"binarize"}), ("cifar10-resnet20-w1a1", {"binarize", "model"})],
+)
+def test_binary_recipes_differ_only_in_binarisation(binary: str, allowed: set[str]) -> None:
+    a, b = load_recipe("cifar10-resnet20-float").to_dict(), load_recipe(binary).to_dict()
+    differing = {key for key in a.keys() | b.keys() if a.get(key) != b.get(key)}
+    assert differing == allowed | {"name", "description"}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lrr=1", "unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'"),
+        ("lr=1", "unknown key 'lr'; did you mean 'optimizer.lr'?"),
+        ("optimiser.lr=1", "unknown key 'optimiser'; did you mean 'optimizer'?"),
+        ("train.zzz=1", "unknown key 'train.zzz'"),
+        ("zzz.q=1", "unknown key 'zzz'; there is no such section."),
+        ("optimizer.lr=fast", "'optimizer.lr' must be a number, not the string 'fast'."),
+        ("optimizer.lr=true", "'optimizer.lr' must be a number, not true."),
+        ("optimizer.lr=none", "'optimizer.lr' must be a number, not none."),
+        ("optimizer.lr=nan", "'optimizer.lr' must be a finite number, not nan."),
+        ("optimizer.lr=0", "'optimizer.lr' must be greater than 0, not 0."),
+        ("optimizer.momentum=0", "'optimizer' has nesterov = true, which needs a momentum above 0."),
+        ("optimizer.betas=[0.9]", "'optimizer.betas' must be a list of 2 values, not [0.9]."),
+        ("optimizer={}\noptimizer=1", "'optimizer' must be a table, not the string"),
+        ("train.epochs=1.5", "'train.epochs' must be a whole number, not 1.5."),
+        ("train.epochs='3'", "'train.epochs' must be a whole number, not the string '3'."),
+        ("train.precision=fp8", "'train.precision' must be '32-true', 'bf16-mixed' or '16-mixed', not the string 'fp8'."),
+        ("train.channels_last=1", "'train.channels_last' must be true or false, not 1."),
+        ("train.label_smoothing=1", "'train.label_smoothing' must be less than 1, not 1."),
+        ("schedule.final=2", "'schedule.final' must be at most 1, not 2."),
+        ("data.holdout=-1", "'data.holdout' must be at least 0, not -1."),
+        ("binarize.weights=3", "'binarize.weights' must be the name of a binarizer or a table with a 'name', not 3."),
+        ("binarize.weights=none", "'binarize' needs 'weights', 'activations' or both"),
+        ("train=3", "'train' must be a table, not 3."),
+    ],
+)
+def test_bad_values(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(DIGITS, [override])
+    text = str(caught.value)
+    assert text.startswith(f"recipe '{DIGITS}': ") and message in text
+
+
+def test_several_problems() -> None:
+    with pytest.raises(ConfigError, match=r"'optimizer.lr' must .* \(and 2 more problems\)\.$"):
+        load_recipe(DIGITS, ["optimizer.lr=-1", "train.epochs=0", "train.nope=1"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.epochs", "is not of the form section.key=value"),
+        ("=3", "is not of the form"),
+        ("train..epochs=3", "is not of the form"),
+        ("optimizer.lr.x=1", "'optimizer.lr' is 0.2, which has no keys"),
+    ],
+)
+def test_bad_overrides(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(DIGITS, [override])
+
+
+def test_overrides() -> None:
+    recipe = load_recipe(
+        DIGITS,
+        [
+            "optimizer.lr=1",
+            "data.flip=random",
+            "model.kwargs.width=8",
+            "binarize.weights.k=4",
+            "binarize.scale=none",
+            "average.method=swa",
+            "optimizer.latent_lr=3",
+            "optimizer.latent_lr=none",
+        ],
+    )
+    assert recipe.optimizer.lr == 1.0 and isinstance(recipe.optimizer.lr, float)
+    assert recipe.data.flip == "random"
+    assert recipe.model.kwargs == {"width": 8}
+    assert recipe.binarize is not None and recipe.binarize.weights == {"name": "ab_tanh", "k": 4}
+    assert recipe.binarize.arguments()["scale"] is None
+    assert recipe.average is not None and recipe.average.method == "swa"
+    assert recipe.optimizer.latent_lr is None
+    assert load_recipe(DIGITS, ["binarize=none"]).binarize is None
+
+
+def test_extends(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "base.toml").write_text(f'extends = "{DIGITS}"\n[binarize]\nweights = {{name = "ab_tanh", k = 2.0}}\n')
+    child = tmp_path / "sub" / "child.toml"
+    child.write_text('extends = "../base.toml"\n[binarize]\nweights = {name = "ste"}\n[train]\nepochs = 7\n')
+    recipe = load_recipe(child)
+    assert recipe.name == "child"
+    assert recipe.binarize is not None and recipe.binarize.weights == {"name": "ste"}  # replaced, not mixed with k
+    assert recipe.train.epochs == 7 and recipe.train.batch_size == 64  # merged
+    assert load_recipe(child, ["name=other"]).name == "other"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train = [", "is not valid TOML"),
+        ("extends = 3", "'extends' must be the name of a recipe, not 3"),
+        ('extends = "nope"', "unknown recipe 'nope'"),
+        ('extends = "./gone.toml"', "does not exist"),
+        ('extends = "./file.toml"', "must not extend themselves"),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "file.toml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(tmp_path / "file.toml")
+
+
+def test_unknown_recipe() -> None:
+    with pytest.raises(ConfigError, match="unknown recipe 'cifar10-resnet20-w1a33'; did you mean 'cifar10-resnet20-w1a3"):
+        load_recipe("cifar10-resnet20-w1a33")
+    with pytest.raises(ConfigError, match=r"recipe file 'gone\.toml' does not exist"):
+        load_recipe("gone.toml")
+
+
+def test_first_difference() -> None:
+    base = load_recipe(DIGITS).to_dict()
+    assert first_difference(base, load_recipe(DIGITS, ["train.log_every=3", "train.threads=2", "name=x"]).to_dict()) is None
+    assert first_difference(base, load_recipe(DIGITS, ["optimizer.lr=3"]).to_dict()) == ("optimizer.lr", 0.2, 3.0)
+    assert first_difference(base, load_recipe(DIGITS, ["model.kwargs.width=4"]).to_dict()) == (
+        "model.kwargs",
+        {},
+        {"width": 4},
+    )
+    assert first_difference(base, load_recipe(DIGITS, ["binarize=none"]).to_dict()) == ("binarize.weights", "ab_tanh", None)
