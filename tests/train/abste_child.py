@@ -7,7 +7,9 @@ import resource
 import sys
 
 
-def run(arguments: list[str], log: str, largest_file: int | None = None, environment: dict[str, str] | None = None) -> None:
+def run(
+    arguments: list[str], log: str, largest_file: int | None = None, environment: dict[str, str] | None = None
+) -> None:
     """``abste ARGUMENTS`` with output in ``log`` and, in bytes, a limit on the size of every file written."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)

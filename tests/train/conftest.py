@@ -47,7 +47,7 @@ def outcome() -> Callable[[Path], Any]:
 
 
 class Child:
-    """``abste ARGUMENTS`` in a process of its own, forked from one that has imported torch: a start takes no seconds."""
+    """``abste ARGUMENTS`` in a process forked from one that has imported torch: starting takes no seconds."""
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(

@@ -117,7 +117,7 @@ def test_atomic_writes(tmp_path: Path) -> None:
     write_atomic(path, b"two")
     assert path.read_bytes() == b"two"
     assert path.stat().st_mode & 0o444  # readable as other files are
-    with pytest.raises(RunError, match="cannot write .* No such file"):
+    with pytest.raises(RunError, match=r"cannot write .* No such file"):
         write_atomic(tmp_path / "gone" / "file", b"")
     with pytest.raises(ValueError, match="JSON"):
         write_json(path, {"x": float("nan")})

@@ -172,7 +172,9 @@ def test_held_out_images_replace_the_test_set(tiny: Tiny, tmp_path: Path) -> Non
 @pytest.mark.parametrize("every", [1, 5, 1000])
 def test_non_finite_loss(tiny: Tiny, tmp_path: Path, every: int) -> None:
     recipe = tiny("optimizer.lr=1e30", f"train.log_every={every}", "train.checkpoint_minutes=1e-5")
-    with pytest.raises(NonFiniteLossError, match=r"no longer finite at step \d+ \(epoch 1, learning rate \d.*e\+") as caught:
+    with pytest.raises(
+        NonFiniteLossError, match=r"no longer finite at step \d+ \(epoch 1, learning rate \d.*e\+"
+    ) as caught:
         fit(recipe, None, tmp_path / "r", progress=False)
     path = tmp_path / "r" / "last.ckpt"
     if path.exists():
@@ -211,7 +213,7 @@ def test_run_directories(tiny: Tiny, tmp_path: Path) -> None:
         fit(recipe, None, foreign)
     assert [path.name for path in foreign.iterdir()] == ["thesis.tex"]
     (tmp_path / "file").write_text("x")
-    with pytest.raises(RunError, match="cannot use .*file as run directory"):
+    with pytest.raises(RunError, match=r"cannot use .*file as run directory"):
         fit(recipe, None, tmp_path / "file")
     (tmp_path / "empty").mkdir()
     assert fit(recipe, None, tmp_path / "empty", progress=False)["finished"]
@@ -270,10 +272,14 @@ def test_foreign_checkpoints(tiny: Tiny, tmp_path: Path) -> None:
     fit(wide, None, tmp_path / "wide", max_steps=3, progress=False)
     mine, before = tmp_path / "a" / "last.ckpt", (tmp_path / "a" / "last.ckpt").read_bytes()
 
-    with pytest.raises(CheckpointError, match=r"was written with optimizer.lr = 0.2, but this run asks for 0.3; resume with"):
+    with pytest.raises(
+        CheckpointError, match=r"was written with optimizer.lr = 0.2, but this run asks for 0.3; resume with"
+    ):
         fit(tiny("optimizer.lr=0.3"), None, tmp_path / "a", resume=True)
     mine.write_bytes((tmp_path / "b" / "last.ckpt").read_bytes())
-    with pytest.raises(CheckpointError, match=r"last.ckpt was written with optimizer.lr = 0.3, but this run asks for 0.2"):
+    with pytest.raises(
+        CheckpointError, match=r"last.ckpt was written with optimizer.lr = 0.3, but this run asks for 0.2"
+    ):
         fit(tiny(), None, tmp_path / "a", resume=True)
     mine.write_bytes((tmp_path / "wide" / "last.ckpt").read_bytes())
     with pytest.raises(CheckpointError, match=r"model.kwargs = \{'width': 8\}"):

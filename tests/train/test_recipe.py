@@ -13,7 +13,9 @@ DIGITS = "digits-resnet8-w1a32"
 
 
 @pytest.mark.parametrize("name", builtin_recipes())
-@pytest.mark.parametrize("overrides", [[], ["average.decay=0.5", "train.threads=2", "binarize.weights={name='ste', t=1}"]])
+@pytest.mark.parametrize(
+    "overrides", [[], ["average.decay=0.5", "train.threads=2", "binarize.weights={name='ste', t=1}"]]
+)
 def test_round_trip(name: str, overrides: list[str]) -> None:
     recipe = load_recipe(name, overrides)
     assert recipe.description
@@ -56,7 +58,10 @@ def test_binary_recipes_differ_only_in_binarisation(binary: str, allowed: set[st
         ("optimizer={}\noptimizer=1", "'optimizer' must be a table, not the string"),
         ("train.epochs=1.5", "'train.epochs' must be a whole number, not 1.5."),
         ("train.epochs='3'", "'train.epochs' must be a whole number, not the string '3'."),
-        ("train.precision=fp8", "'train.precision' must be '32-true', 'bf16-mixed' or '16-mixed', not the string 'fp8'."),
+        (
+            "train.precision=fp8",
+            "'train.precision' must be '32-true', 'bf16-mixed' or '16-mixed', not the string 'fp8'.",
+        ),
         ("train.channels_last=1", "'train.channels_last' must be true or false, not 1."),
         ("train.label_smoothing=1", "'train.label_smoothing' must be less than 1, not 1."),
         ("schedule.final=2", "'schedule.final' must be at most 1, not 2."),
@@ -145,7 +150,9 @@ def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_unknown_recipe() -> None:
-    with pytest.raises(ConfigError, match="unknown recipe 'cifar10-resnet20-w1a33'; did you mean 'cifar10-resnet20-w1a3"):
+    with pytest.raises(
+        ConfigError, match="unknown recipe 'cifar10-resnet20-w1a33'; did you mean 'cifar10-resnet20-w1a3"
+    ):
         load_recipe("cifar10-resnet20-w1a33")
     with pytest.raises(ConfigError, match=r"recipe file 'gone\.toml' does not exist"):
         load_recipe("gone.toml")
@@ -153,11 +160,18 @@ def test_unknown_recipe() -> None:
 
 def test_first_difference() -> None:
     base = load_recipe(DIGITS).to_dict()
-    assert first_difference(base, load_recipe(DIGITS, ["train.log_every=3", "train.threads=2", "name=x"]).to_dict()) is None
+    assert (
+        first_difference(base, load_recipe(DIGITS, ["train.log_every=3", "train.threads=2", "name=x"]).to_dict())
+        is None
+    )
     assert first_difference(base, load_recipe(DIGITS, ["optimizer.lr=3"]).to_dict()) == ("optimizer.lr", 0.2, 3.0)
     assert first_difference(base, load_recipe(DIGITS, ["model.kwargs.width=4"]).to_dict()) == (
         "model.kwargs",
         {},
         {"width": 4},
     )
-    assert first_difference(base, load_recipe(DIGITS, ["binarize=none"]).to_dict()) == ("binarize.weights", "ab_tanh", None)
+    assert first_difference(base, load_recipe(DIGITS, ["binarize=none"]).to_dict()) == (
+        "binarize.weights",
+        "ab_tanh",
+        None,
+    )

@@ -357,12 +357,13 @@ class _Loop:
         self.epoch, self.done = position["epoch"], position["start"]
         self.seconds, self.train_seconds = state["seconds"], state["train_seconds"]
         self.metrics_bytes = state["metrics_bytes"]
-        self.window.copy_(state["window"])
         self.window_images, self.epoch_sums = state["window_images"], list(state["epoch_sums"])
         self.last_training, self.last_evaluation = state["last_training"], state["last_evaluation"]
         self.saved_step = self.step
-        if self.fabric.global_rank < len(state["random"]):  # else there are more processes now than there were
-            set_random_state(state["random"][self.fabric.global_rank], self.device)
+        rank = self.fabric.global_rank
+        if rank < len(state["random"]):  # else there are more processes now than there were
+            self.window.copy_(state["window"].reshape(-1, 2)[rank])
+            set_random_state(state["random"][rank], self.device)
 
     # Running
 
@@ -575,7 +576,7 @@ class _Loop:
         """Write the checkpoint, unless there is something wrong with what it would hold."""
         self._check_finite(weights=True)
         self._share_buffers()
-        states = [random_state(self.device)]
+        states: list[Any] = [(random_state(self.device), self.window.cpu())]
         if self.fabric.world_size > 1:
             gathered: list[Any] = [None] * self.fabric.world_size
             dist.all_gather_object(gathered, states[0])
@@ -598,12 +599,12 @@ class _Loop:
             "optimizer": self.raw_optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "precision": self.fabric.strategy.precision.state_dict(),
-            "random": states,
+            "random": [state for state, _ in states],
+            "window": torch.stack([window for _, window in states]),
             "position": {"epoch": self.epoch, "start": self.done, "steps_per_epoch": self.steps_per_epoch},
             "seconds": self.seconds,
             "train_seconds": self.train_seconds,
             "metrics_bytes": self.metrics_file.tell(),
-            "window": self.window,
             "window_images": self.window_images,
             "epoch_sums": self.epoch_sums,
             "last_training": self.last_training,

@@ -141,7 +141,7 @@ class TrainSection(Section):
     """Of training; evaluation is always float32."""
     channels_last: bool = True
     compile: bool = False
-    """Train through torch.compile: a minute or two at the start, then faster steps. On a CPU it needs a C++ compiler."""
+    """Train through torch.compile: a minute or two at the start, then faster steps. CPUs need a C++ compiler for it."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     eval_every: Annotated[int, Field(gt=0)] = 1
     """Epochs between evaluations; the last epoch is always evaluated."""

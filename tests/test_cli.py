@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from abste.cli import main
+
+TINY = ["--threads", "1", "--set", "model.kwargs.width=4", "train.epochs=1"]
+DIGITS = "digits-resnet8-w1a32"
+
+
+def python(code: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *flags, "-c", code], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("command", ["recipes", f"recipes {DIGITS}", "--help", "train --help", "--version"])
+def test_what_needs_no_torch_imports_none(command: str) -> None:
+    code = (
+        f"import sys\nsys.path[:0] = {sys.path!r}\nfrom abste.cli import main\n"
+        f"try:\n    main({command.split()!r})\nexcept SystemExit:\n    pass\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_base_install(repo_root: Path) -> None:
+    # -I -S: no site-packages, as if only abste itself were installed.
+    start = f"import sys\nsys.path.insert(0, {str(repo_root / 'src')!r})\nfrom abste.cli import main\n"
+    for command in (["quickstart"], ["eval", "x"], ["recipes"], ["train", DIGITS, "--out", "x"]):
+        done = python(f"{start}sys.exit(main({command!r}))", "-I", "-S")
+        assert done.returncode == 2
+        assert re.fullmatch(r"abste: error: [^\n]*pip install [\"']abste\[train\][\"'][^\n]*\n", done.stderr), (
+            done.stderr
+        )
+    assert python(f"{start}main(['--help'])", "-I", "-S").returncode == 0
+
+
+def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    assert "abste train cifar10-resnet20-w1a32 --data data --out runs/r20 --resume" in text
+
+
+def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = {line.split()[0] for line in lines}
+    assert names >= {"cifar10-resnet20-float", "cifar10-resnet20-w1a1", "cifar10-resnet20-w1a32", DIGITS}
+    assert all(len(line.split()) > 5 for line in lines)
+    assert main(["recipes", "cifar10-resnet20-w1a1"]) == 0
+    assert 'name = "resnet20_bireal"' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "nope", "--out", "r"], "unknown recipe 'nope'; "),
+        (["train", DIGITS, "--out", "r", "--set", "optimizer.lrr=1"], "unknown key 'optimizer.lrr'; did you mean"),
+        (["train", DIGITS, "--out", "r", "--seed", "-1"], "'train.seed' must be at least 0, not -1."),
+        (["train", DIGITS, "--out", "r", "--precision", "fp8"], "'train.precision' must be '32-true'"),
+        (["train", DIGITS, "--out", "r", "--resume"], "there is no run to resume in r"),
+        (["train", "cifar10-resnet20-float", "--out", "r"], "'cifar10' needs a folder"),
+        (["eval", "r"], "r holds no run of abste"),
+        (["summary", "nope"], "unknown recipe 'nope'"),
+        (["summary", "."], "holds no run of abste"),
+        (["summary", ".", "--set", "train.epochs=1"], "--set changes recipes, not runs"),
+    ],
+)
+def test_errors_are_one_sentence(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("abste: error: ") and message in captured.err
+    assert captured.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_stop_resume_eval_summary(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", DIGITS, "--out", "my runs/a", *TINY, "--seed", "3", "--max-minutes", "0"]) == 0
+    text = capsys.readouterr().out
+    assert "stopped by max_minutes after 1 of 22 steps" in text
+    command = shlex.split(text.split("resume with: ")[1])
+    assert command[0] == "abste" and main(command[1:]) == 0
+    text = capsys.readouterr().out
+    accuracy = re.search(r"^test accuracy (\d+\.\d+%), .*last epoch, 355 images, float32", text, re.MULTILINE)
+    assert accuracy is not None
+    assert main(["eval", "my runs/a"]) == 0
+    assert capsys.readouterr().out.startswith(f"test accuracy {accuracy[1]}, loss ")
+    assert main(["eval", "my runs/a", "--recalibrate"]) == 0
+    assert "batch norm recalibrated" in capsys.readouterr().out.splitlines()[1]
+    assert main(["eval", "my runs/a", "--averaged"]) == 2
+    assert "no section [average]" in capsys.readouterr().err
+    assert main(["summary", "my runs/a"]) == 0
+    assert "times smaller" in capsys.readouterr().out
+    assert main(["train", DIGITS, "--out", "my runs/a", *TINY]) == 2
+    assert "already holds a run; continue it with --resume" in capsys.readouterr().err
+
+
+def test_summary_of_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["summary", "cifar10-resnet20-w1a1", "--set", "model.kwargs.width=4"]) == 0
+    text = capsys.readouterr().out
+    assert "W1 ab_tanh, A1 ab_tanh" in text and "first layer" in text and "times smaller" in text
+
+
+def test_quickstart(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for expected in ("runs/quickstart", "runs/quickstart-2"):
+        assert main(["quickstart", "--set", *TINY[3:], "train.threads=1"]) == 0
+        text = capsys.readouterr().out
+        assert (tmp_path / expected / "summary.json").exists()
+        assert "6 of 8 layers binarised" in text and "times smaller" in text
+        assert f"abste eval {expected}" in text and "cifar10-resnet20-w1a32" in text
+        first, again = re.findall(r"(?:^test accuracy|safetensors:) (\d+\.\d+%)", text, re.MULTILINE)
+        assert first == again
+
+
+def test_python_m_abste() -> None:
+    done = subprocess.run([sys.executable, "-m", "abste", "--version"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.startswith("abste ")
