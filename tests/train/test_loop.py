@@ -110,10 +110,13 @@ VARIANTS = {
         "schedule.shape=cosine",
         "train.channels_last=false",
     ],
+    "compiled": ["train.compile=true", "train.precision=bf16-mixed", 'binarize.activations="ab_arctan"'],
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=pytest.mark.slow) if name == "compiled" else name for name in VARIANTS]
+)
 def test_same_bits_again_and_after_stops(tiny: Tiny, tmp_path: Path, outcome: Any, variant: str) -> None:
     recipe = tiny(*VARIANTS[variant])
     fit(recipe, None, tmp_path / "a", progress=False)

@@ -286,6 +286,7 @@ class _Loop:
         self.metrics_bytes = 0
         self.saved_step: int | None = None
         self.signals = _Signals()
+        self.git = git_state()  # at the start: the checkout may move on while the run goes on with what it imported
         self.writer: Any = None
         self.metrics_file: Any = None
 
@@ -326,6 +327,7 @@ class _Loop:
                     "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                     "step": self.step,
                     "processes": self.fabric.world_size,
+                    "git": self.git,
                     **environment(self.device),
                 }
                 file.write(json.dumps(session) + "\n")
@@ -665,7 +667,7 @@ class _Loop:
             },
             "resumes": len(run.sessions.read_text(encoding="utf-8").splitlines()) - 1,
             "environment": environment(self.device),
-            "git": git_state(),
+            "git": self.git,
             "sha256": digests,
             "recipe": recipe.to_dict(),
         }
