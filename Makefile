@@ -7,8 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 
-# Everything in benchmarks/ but the script that only writes README's table.
-BENCHMARKS = $(filter-out benchmarks/results_table.py,$(sort $(wildcard benchmarks/*.py)))
+# Everything in benchmarks/ but the script that only writes README's table and what scripts share.
+BENCHMARKS = $(filter-out benchmarks/results_table.py benchmarks/_%.py,$(sort $(wildcard benchmarks/*.py)))
 
 .PHONY: help quickstart install test test-slow lint format typecheck bench clean
 .DELETE_ON_ERROR:

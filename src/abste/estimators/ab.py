@@ -3,47 +3,26 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
 
 from abste.errors import ConfigError
-from abste.estimators.base import Estimator, Role, clip_gradient, register
+from abste.estimators.base import Estimator, Role, clip_gradient, fraction, register
 from abste.estimators.blends import Blend, make_blend
 
 
 class AdaptiveBlend(Estimator):
-    """Common part of the two AB-STE estimators.
+    """Common part of the two AB-STE estimators, :class:`ABTanh` and :class:`ABArcTan`, which document it.
 
-    F(x) = (1 - a) x + a phi(x), F'(x) = (1 - a) + a phi'(x), both for \\|x\\| <= t; beyond, F is constant and F' zero.
-    At a = 0 this is STE clipped at t. The linear part keeps the slope at 1 - a or more everywhere inside the clip
-    (stability); phi brings F closer to sign (a smaller estimating error).
-
-    Args:
-        k: sharpness of phi. Defaults are given in the subclasses.
-        t: clip. Default 3 for weights: latents are standardised, so about 0.3 % of a Gaussian's lie beyond and the
-            clip only guards against outliers, where a tighter one would freeze the largest weights. Default 1.5 for
-            activations, taken after division by their running RMS: there the clip matters first; without it the
-            linear floor passes gradient to units whose sign can not change, and accuracy falls by many points.
-        blend: how a adapts: ``"progress"`` (default), ``"constant"`` (a = a_end throughout), or a
-            :class:`~abste.estimators.blends.Blend`, which overrides a_start and a_end.
-        a_start: blend at the start. Default 0 for weights and activations: training starts as STE, whose gradient
-            is the most stable.
-        a_end: blend at the end. Default 0.9 for weights and activations: close to phi alone, whose estimating error
-            is the smallest, but with a tenth of the line left as a floor under the slope.
-        normalized: phi passes through (1, 1) if True, so F is never further from sign than x is; if False it is the
-            un-normalised function that saturates at ±1.
-
-    The defaults come from one-seed pilots, not from a ranking.
-
-    Source: Gupta and Kumar, AB-STE, ECML-PKDD 2025, doi 10.1007/978-3-032-06066-2_8. The full text is not public:
-    abstract and title give the ingredients (a linear part, tanh or arctan, an adaptive blend); the convex form, the
-    normalisation, the schedule and the clip are our reconstruction.
+    F(x) = (1 - a) x + a phi(x); F'(x) = (1 - a) + a phi'(x) where |x| <= t, else 0. A subclass gives phi.
     """
 
     k: float
     a_start: float
     a_end: float
+    blend: Blend
 
     def __init__(
         self,
@@ -55,35 +34,44 @@ class AdaptiveBlend(Estimator):
         normalized: bool = True,
     ) -> None:
         super().__init__(k=k, t=t, a_start=a_start, a_end=a_end)
-        self.normalized = bool(normalized)
+        if not isinstance(normalized, bool):
+            raise ConfigError(f"{type(self).__name__}: normalized must be true or false, got {normalized!r}.")
+        self.normalized = normalized
         self._blend_name = None if isinstance(blend, Blend) else blend
         self.blend = blend if isinstance(blend, Blend) else make_blend(blend, self.a_start, self.a_end)
 
     def set_role(self, role: Role) -> None:
         super().set_role(role)
         if self._blend_name is not None:
+            state = self.blend.state_dict()
             self.blend = make_blend(self._blend_name, self.a_start, self.a_end)
+            self.blend.load_state_dict(state)
 
     def check(self) -> None:
         super().check()
-        if not 0 < self.k < math.inf:
-            raise ConfigError(f"{type(self).__name__}: k must be positive, got {self.k}.")
+        if not 1e-6 <= self.k <= 1e4:  # beyond, float32 rounds phi to a line, and float16 overflows
+            raise ConfigError(f"{type(self).__name__}: k must lie in [1e-6, 1e4], got {self.k}.")
+        for name in ("a_start", "a_end"):
+            fraction(type(self).__name__, name, getattr(self, name))
 
+    @abstractmethod
     def phi(self, x: Tensor) -> Tensor:
         """The non-linear part."""
-        raise TypeError(f"{type(self).__name__} defines no phi.")
 
+    @abstractmethod
     def phi_backward(self, grad: Tensor, x: Tensor) -> Tensor:
         """grad * phi'(x), as a new tensor."""
-        raise TypeError(f"{type(self).__name__} defines no phi_backward.")
 
     def surrogate(self, x: Tensor) -> Tensor:
         y = x.clamp(-self.t, self.t)
-        return torch.lerp(y, self.phi(y), self.blend.weight(x.dtype))
+        a = self.blend.weight()
+        return torch.lerp(y, self.phi(y), a.to(x.dtype) if isinstance(a, Tensor) else a)
 
     def backward(self, grad: Tensor, x: Tensor) -> Tensor:
+        # In half precision 1 - a is to be rounded, not a: at the end of training it is the small one.
+        line = 1.0 - self.blend.weight()
         inside = clip_gradient(grad, x, self.t)
-        return self.phi_backward(inside, x).lerp_(inside, 1.0 - self.blend.weight(grad.dtype))
+        return self.phi_backward(inside, x).lerp_(inside, line.to(grad.dtype) if isinstance(line, Tensor) else line)
 
     def extra_repr(self) -> str:
         return f"k={self.k:g}, t={self.t:g}" + ("" if self.normalized else ", normalized=False")
@@ -91,14 +79,46 @@ class AdaptiveBlend(Estimator):
 
 @register("ab_tanh")
 class ABTanh(AdaptiveBlend):
-    """AB-Tanh-STE.
+    """AB-Tanh-STE: the adaptive blend of a line and a tanh.
 
-    phi(x) = tanh(k x) / tanh(k), or tanh(k x) with ``normalized=False``. k defaults to 2 for weights and activations:
-    sharp enough to differ from the line (slope 2.07 at 0), and wide enough that standardised inputs do not all
-    saturate.
+    F(x) = (1 - a) x + a phi(x), phi(x) = tanh(k x) / tanh(k);
+    F'(x) = (1 - a) + a k (1 - tanh(k x)^2) / tanh(k) where |x| <= t, else 0 (and F is constant there).
+
+    At a = 0 this is STE clipped at t. The linear part keeps the slope at 1 - a or more everywhere inside the clip
+    (stability); phi brings F closer to sign (a smaller estimating error).
+
+    Schedule: a rises from a_start to a_end as a_start + (a_end - a_start) (1 - cos(pi p / 2)), p being the fraction of
+    training done, unless ``blend`` says otherwise; k is constant.
+
+    Applied to weights and activations. The abstract of the paper reports networks with binarised parameters and says
+    nothing of activations.
+
+    Args:
+        k: sharpness of phi. Default 2 for weights and activations: sharp enough to differ from the line (phi's slope
+            at 0 is 2.07), and wide enough that standardised inputs do not all saturate.
+        t: clip. Default 3 for weights: latents are standardised, so about 0.3 % of a Gaussian's lie beyond and the
+            clip only guards against outliers, where a tighter one would freeze the largest weights. Default 1.5 for
+            activations, taken after division by their running RMS: there the clip matters first; without it the
+            linear floor passes gradient to units whose sign can not change, and accuracy falls by many points.
+        blend: how a adapts: ``"progress"`` (default), ``"constant"`` (a = a_end throughout), or a
+            :class:`~abste.estimators.Blend`, which overrides a_start and a_end.
+        a_start: blend at the start, in [0, 1]. Default 0 for weights and activations: training starts as STE, whose
+            gradient is the most stable.
+        a_end: blend at the end, in [0, 1]. Default 0.9 for weights and activations: close to phi alone, whose
+            estimating error is the smallest, but with a tenth of the line left as a floor under the slope.
+        normalized: phi passes through (1, 1), so F is never further from sign than x is (if t >= 1); if False,
+            phi(x) is tanh(k x), which saturates at ±1.
+
+    The defaults come from one-seed pilots, not from a ranking.
+
+    Raises:
+        ConfigError: an argument out of range or of the wrong type; an unknown blend.
+
+    Source: Gupta and Kumar, AB-STE, ECML-PKDD 2025, doi 10.1007/978-3-032-06066-2_8. The full text is not public:
+    abstract and title give the ingredients (a linear part, tanh, an adaptive blend); the convex form, the
+    normalisation, the schedule, the clip and every default are our own reading, a candidate for what the paper means.
     """
 
-    __doc__ += (AdaptiveBlend.__doc__ or "").split("\n", 1)[1]
     defaults = {
         "k": {"weights": 2.0, "activations": 2.0},
         "t": {"weights": 3.0, "activations": 1.5},
@@ -119,13 +139,39 @@ class ABTanh(AdaptiveBlend):
 
 @register("ab_arctan")
 class ABArcTan(AdaptiveBlend):
-    """AB-ArcTan-STE.
+    """AB-ArcTan-STE: the adaptive blend of a line and an arctan.
 
-    phi(x) = atan(k x) / atan(k), or (2/pi) atan(pi k x / 2) with ``normalized=False``. k defaults to 2.5 for weights
-    and activations, which gives about the slope at 0 (2.10) that AB-Tanh has at its k of 2.
+    F(x) = (1 - a) x + a phi(x), phi(x) = atan(k x) / atan(k);
+    F'(x) = (1 - a) + a k / (atan(k) (1 + (k x)^2)) where |x| <= t, else 0 (and F is constant there).
+
+    At a = 0 this is STE clipped at t. The linear part keeps the slope at 1 - a or more everywhere inside the clip
+    (stability); phi brings F closer to sign (a smaller estimating error).
+
+    Schedule: a rises from a_start to a_end as a_start + (a_end - a_start) (1 - cos(pi p / 2)), p being the fraction of
+    training done, unless ``blend`` says otherwise; k is constant.
+
+    Applied to weights and activations. The abstract of the paper reports networks with binarised parameters and says
+    nothing of activations.
+
+    Args:
+        k: sharpness of phi. Default 2.5 for weights and activations, which gives phi about the slope at 0 (2.10) that
+            :class:`ABTanh`'s has at its default of 2.
+        t: clip. Default 3 for weights and 1.5 for activations, for the reasons given in :class:`ABTanh`.
+        blend: how a adapts: ``"progress"`` (default), ``"constant"`` (a = a_end throughout), or a
+            :class:`~abste.estimators.Blend`, which overrides a_start and a_end.
+        a_start: blend at the start, in [0, 1]. Default 0 for weights and activations, as in :class:`ABTanh`.
+        a_end: blend at the end, in [0, 1]. Default 0.9 for weights and activations, as in :class:`ABTanh`.
+        normalized: phi passes through (1, 1), so F is never further from sign than x is (if t >= 1); if False,
+            phi(x) is (2 / pi) atan(pi k x / 2), which saturates at ±1 and whose slope is k / (1 + (pi k x / 2)^2).
+
+    Raises:
+        ConfigError: an argument out of range or of the wrong type; an unknown blend.
+
+    Source: Gupta and Kumar, AB-STE, ECML-PKDD 2025, doi 10.1007/978-3-032-06066-2_8. The full text is not public:
+    abstract and title give the ingredients (a linear part, arctan, an adaptive blend); the convex form, the
+    normalisation, the schedule, the clip and every default are our own reading, a candidate for what the paper means.
     """
 
-    __doc__ += (AdaptiveBlend.__doc__ or "").split("\n", 1)[1]
     defaults = {
         "k": {"weights": 2.5, "activations": 2.5},
         "t": {"weights": 3.0, "activations": 1.5},

@@ -11,8 +11,10 @@ from abste.estimators.base import Estimator, register
 class ApproxSign(Estimator):
     """Piecewise quadratic surrogate of sign.
 
-    F(x) = x (2 - \\|x\\|) where \\|x\\| < 1, else sign(x); F'(x) = max(2 - 2 \\|x\\|, 0). No schedule; the clip is where the
-    slope reaches zero, t = 1. Its authors apply it to activations only; on weights it loses to STE at short budgets.
+    F(x) = x (2 - |x|) where |x| < 1, else sign(x); F'(x) = max(2 - 2|x|, 0).
+
+    Schedule: none. Clip: t = 1, where the slope reaches zero. Its authors apply it to activations only; on weights it
+    loses to STE at short budgets.
 
     Source: Liu et al., Bi-Real Net, arXiv 1808.00278, equations 5 and 6.
     """

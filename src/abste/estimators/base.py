@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
@@ -13,10 +16,6 @@ from torch import Tensor, nn
 from abste.errors import ConfigError, nearest
 
 Role = Literal["weights", "activations"]
-ROLES: tuple[Role, ...] = ("weights", "activations")
-
-Spec = "str | Mapping[str, Any] | Binarizer | None"
-"""What a slot of a layer accepts: a name, a table with a name, an object, or None for full precision."""
 
 
 def sign(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -35,12 +34,49 @@ def sign(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def clip_gradient(grad: Tensor, x: Tensor, t: float) -> Tensor:
-    """``grad`` where |x| <= t and zero elsewhere, as a new tensor unless t is infinite."""
-    if math.isinf(t):
+    """``grad`` where |x| <= t and zero elsewhere: a new tensor, or ``grad`` itself if t is infinite.
+
+    Args:
+        grad: gradient, of the shape and dtype of ``x``.
+        x: any shape, floating point.
+        t: clip, positive. It counts as rounded to float32 (float64 if ``x`` is).
+    """
+    if t >= torch.finfo(torch.float32).max:
         return grad
-    # One fused pass. It excludes its limits, so they are ±t rounded up by one unit in the last place of a float32.
-    limit = t * (1.0 + 0.75 * 2.0**-23)
+    # One fused pass, but it excludes its limits: they are the next number above t, in the precision it compares in
+    # (float32 for half precision too).
+    digits = 53 if x.dtype == torch.float64 else 24
+    mantissa, exponent = math.frexp(t)
+    limit = math.ldexp(round(mantissa * 2**digits) + 1, exponent - digits)
     return torch.ops.aten.hardtanh_backward(grad, x, -limit, limit)
+
+
+def number(owner: str, name: str, value: object) -> float:
+    """``value`` as a float.
+
+    Raises:
+        ConfigError: it is no number, or NaN.
+    """
+    if not isinstance(value, bool) and isinstance(value, Real):
+        try:
+            result = float(value)
+        except OverflowError:  # an integer of hundreds of digits
+            result = math.nan
+        if not math.isnan(result):
+            return result
+    raise ConfigError(f"{owner}: {name} must be a number, got {value!r}.")
+
+
+def fraction(owner: str, name: str, value: object) -> float:
+    """``value`` as a float in [0, 1].
+
+    Raises:
+        ConfigError: it is no number, or lies outside.
+    """
+    result = number(owner, name, value)
+    if not 0 <= result <= 1:
+        raise ConfigError(f"{owner}: {name} must lie in [0, 1], got {value!r}.")
+    return result
 
 
 class _Binarize(torch.autograd.Function):
@@ -59,11 +95,12 @@ class _Binarize(torch.autograd.Function):
         return ctx.binarizer.backward(grad, x), None
 
 
-class Binarizer(nn.Module):
+class Binarizer(nn.Module, ABC):
     """Maps a tensor to ±1 and has its own backward.
 
     A subclass implements :meth:`backward` and declares, as class attributes, what holds for it. The property tests
-    read these declarations.
+    read these declarations. A numeric argument is declared in ``defaults``, passed on by the constructor, and becomes
+    an attribute.
 
     Attributes:
         name: the name in the registry.
@@ -71,9 +108,12 @@ class Binarizer(nn.Module):
         monotone: the slope is never negative.
         has_surrogate: there is an F whose derivative is the slope (see :class:`Estimator`).
         plain_bits: at inference the binarizer is exactly sign(x), so it lowers to bits.
-        defaults: for each argument whose default depends on where the binarizer is applied, its value for weights
-            and for activations.
+        defaults: for each numeric argument its default where the binarizer is applied to weights and where to
+            activations. None as an argument stands for it.
         t: the clip; the slope is zero where |x| > t. Infinite where there is none.
+
+    Raises:
+        ConfigError: an argument that is unknown, no number, or out of range.
     """
 
     name: ClassVar[str]
@@ -87,18 +127,18 @@ class Binarizer(nn.Module):
 
     def __init__(self, **given: float | None) -> None:
         super().__init__()
-        unknown = next((key for key, value in given.items() if value is None and key not in self.defaults), None)
-        if unknown is not None:
-            raise ConfigError(f"{type(self).__name__}: {unknown} has no default, give it a number.")
-        self._by_role = frozenset(key for key, value in given.items() if value is None)
-        for key, value in given.items():
-            setattr(self, key, self.defaults[key]["weights"] if value is None else float(value))
+        owner = type(self).__name__
+        for name, value in given.items():
+            if name not in self.defaults:
+                raise ConfigError(_no_argument(owner, name, self.defaults))
+            setattr(self, name, self.defaults[name]["weights"] if value is None else number(owner, name, value))
+        self._by_role = frozenset(name for name, value in given.items() if value is None)
         self.check()
 
     def set_role(self, role: Role) -> None:
         """Give every argument that was left at None its default for ``role``. A layer calls this on its copy."""
-        for key in self._by_role:
-            setattr(self, key, self.defaults[key][role])
+        for name in self._by_role:
+            setattr(self, name, self.defaults[name][role])
         self.check()
 
     def check(self) -> None:
@@ -112,12 +152,15 @@ class Binarizer(nn.Module):
             raise ConfigError(f"{type(self).__name__} needs a floating-point input, got {x.dtype}.")
         return cast(Tensor, _Binarize.apply(x, self))
 
+    @abstractmethod
     def backward(self, grad: Tensor, x: Tensor) -> Tensor:
-        """The gradient with respect to x, given that with respect to sign(x); both of the shape and dtype of x."""
-        raise TypeError(f"{type(self).__name__} defines no backward.")
+        """The gradient with respect to x, given that with respect to sign(x); all of the shape and dtype of x.
+
+        Neither argument may be changed in place; the result may be ``grad`` itself.
+        """
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{key}={getattr(self, key):g}" for key in self.defaults if hasattr(self, key))
+        return ", ".join(f"{name}={getattr(self, name):g}" for name in self.defaults)
 
 
 class Estimator(Binarizer):
@@ -129,9 +172,9 @@ class Estimator(Binarizer):
 
     has_surrogate = True
 
+    @abstractmethod
     def surrogate(self, x: Tensor) -> Tensor:
         """F(x), written with differentiable torch operations; constant beyond ±t. Same shape and dtype as x."""
-        raise TypeError(f"{type(self).__name__} defines no surrogate.")
 
     def slope(self, x: Tensor) -> Tensor:
         """F'(x): same shape and dtype as x, zero where |x| > t."""
@@ -144,6 +187,10 @@ class Annealed(nn.Module):
     The state is two integers (step, total steps) in a buffer: it is saved with the module, copied whole by DDP and by
     weight averaging, left alone by ``.half()`` and ``.bfloat16()``, and changed in place without a device
     synchronisation or a recompilation. :class:`~abste.estimators.EstimatorSchedule` sets it.
+
+    ``torch.optim.swa_utils.AveragedModel`` copies buffers by default. With ``use_buffers=True`` it averages them
+    instead, this one as any other integer (such as the batch count of batch norm): sign(x) does not depend on it, and
+    a schedule on the averaged model sets it anew.
     """
 
     annealing: Tensor
@@ -163,6 +210,9 @@ class Annealed(nn.Module):
         self.annealing[0].fill_(min(step, total_steps))
         self.annealing[1].fill_(total_steps)
 
+
+Spec = str | Mapping[str, Any] | Binarizer | None
+"""What a slot of a layer accepts: a name, a table with a name, an object, or None for full precision."""
 
 B = TypeVar("B", bound=type[Binarizer])
 _REGISTRY: dict[str, type[Binarizer]] = {}
@@ -192,12 +242,12 @@ def get(name: str) -> type[Binarizer]:
     Raises:
         ConfigError: no such name; the message gives the nearest ones.
     """
-    if name not in _REGISTRY:
+    if not isinstance(name, str) or name not in _REGISTRY:
         raise ConfigError(f"unknown estimator {name!r}; {nearest(name, _REGISTRY)}")
     return _REGISTRY[name]
 
 
-def resolve(spec: Any, role: Role) -> Binarizer | None:
+def resolve(spec: Spec, role: Role) -> Binarizer | None:
     """The binarizer that ``spec`` stands for, as a new object for one layer.
 
     Args:
@@ -217,13 +267,22 @@ def resolve(spec: Any, role: Role) -> Binarizer | None:
     elif isinstance(spec, Mapping):
         arguments = dict(spec)
         if "name" not in arguments:
-            raise ConfigError(f"an estimator's table needs a name, got {dict(spec)}.")
+            raise ConfigError(f"an estimator's table needs a name, got {arguments}.")
         cls = get(arguments.pop("name"))
-        try:
-            binarizer = cls(**arguments)
-        except TypeError as error:
-            raise ConfigError(f"estimator {cls.name!r}: {error}.") from error
+        known = [name for name, p in inspect.signature(cls).parameters.items() if p.kind is not p.VAR_KEYWORD]
+        for name in arguments:
+            if name not in known:
+                raise ConfigError(_no_argument(f"estimator {cls.name!r}", name, known))
+        binarizer = cls(**arguments)
     else:
-        raise ConfigError(f"{role} must be a name, a table, a Binarizer or None, got {type(spec).__name__}.")
+        raise ConfigError(f"{role} must be a name, a table, a Binarizer object or None, got {_kind(spec)}.")
     binarizer.set_role(role)
     return binarizer
+
+
+def _no_argument(owner: str, name: object, known: Mapping[str, Any] | list[str]) -> str:
+    return f"{owner} takes no argument {name!r}" + (f"; {nearest(name, known)}" if known else ", nor any other.")
+
+
+def _kind(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__

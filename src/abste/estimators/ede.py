@@ -15,16 +15,19 @@ from abste.estimators.base import Annealed, Estimator, register
 class EDE(Estimator, Annealed):
     """Tanh whose sharpness rises over training.
 
-    F(x) = k tanh(s x), F'(x) = k s (1 - tanh(s x)^2), with s rising from ``s_min`` to ``s_max`` evenly in its logarithm
-    and k = max(1/s, 1). (IR-Net calls the sharpness t; here t is always the clip.) No clip. Applied to weights and
-    activations by its authors.
+    F(x) = k tanh(s x); F'(x) = k s (1 - tanh(s x)^2), with k = max(1/s, 1). (IR-Net calls the sharpness t; here t is
+    always the clip.)
+
+    Schedule: s rises from ``s_min`` to ``s_max`` evenly in its logarithm. Clip: none. Its authors apply it to weights
+    (standardised) and activations.
 
     Args:
         s_min: sharpness at the start. Default 0.1, the paper's value and that of the authors' code for W1A32; their
             code for ResNet-20 W1A1 uses 0.001.
         s_max: sharpness at the end. Default 10.
 
-    Source: Qin et al., IR-Net, arXiv 1909.10788, equations 11 to 13.
+    Source: Qin et al., IR-Net, arXiv 1909.10788, equations 11 to 13. Their code changes s once an epoch, we at every
+    step.
     """
 
     defaults = {"s_min": {"weights": 0.1, "activations": 0.1}, "s_max": {"weights": 10.0, "activations": 10.0}}
@@ -36,8 +39,10 @@ class EDE(Estimator, Annealed):
 
     def check(self) -> None:
         super().check()
-        if not 0 < self.s_min <= self.s_max < math.inf:
-            raise ConfigError(f"EDE: needs 0 < s_min <= s_max, got {self.s_min} and {self.s_max}.")
+        if not 1e-6 <= self.s_min <= self.s_max <= 1e4:  # a slope that float16 can hold
+            raise ConfigError(
+                f"EDE: needs 1e-6 <= s_min <= s_max <= 1e4, got s_min={self.s_min} and s_max={self.s_max}."
+            )
 
     def sharpness(self) -> Tensor:
         """The present s, a float32 scalar."""

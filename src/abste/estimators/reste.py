@@ -6,20 +6,21 @@ import torch
 from torch import Tensor
 
 from abste.errors import ConfigError
-from abste.estimators.base import Annealed, Estimator, clip_gradient, register
+from abste.estimators.base import Annealed, Estimator, clip_gradient, register, sign
 
 
 @register("reste")
 class ReSTE(Estimator, Annealed):
     """Power function whose exponent falls over training.
 
-    F(x) = sign(x) \\|x\\|^(1/o), F'(x) = (1/o) \\|x\\|^(1/o - 1) where m < \\|x\\| <= t. For \\|x\\| <= m, where that would
-    diverge, F is the straight line to F(m), of slope m^(1/o - 1); for \\|x\\| > t the slope is zero. o rises from 1 to
-    ``o_end`` as 1 + (1 - cos(pi p / 2)) (o_end - 1), p being the fraction of training done. Applied to weights and
-    activations by its authors, on raw inputs.
+    F(x) = sign(x) |x|^(1/o); F'(x) = (1/o) |x|^(1/o - 1) where m < |x| <= t. Where |x| <= m, that would diverge: there
+    F is the straight line from 0 to F(m), and F' its slope m^(1/o - 1). Where |x| > t, F' is zero.
+
+    Schedule: o = 1 + (o_end - 1) (1 - cos(pi p / 2)), p being the fraction of training done. Its authors apply it to
+    weights and activations, both raw.
 
     Args:
-        o_end: final power. Default 3, the best of the paper's sweep.
+        o_end: final power, at least 1. Default 3, the best of the paper's sweep.
         t: clip. Default 1.5, as in the paper.
         m: where the straight line ends. Default 0.1, as in the paper.
 
@@ -41,8 +42,10 @@ class ReSTE(Estimator, Annealed):
 
     def check(self) -> None:
         super().check()
-        if not (self.o_end >= 1 and 0 < self.m < self.t):
-            raise ConfigError(f"ReSTE: needs o_end >= 1 and 0 < m < t, got o_end={self.o_end}, m={self.m}, t={self.t}.")
+        if not (1 <= self.o_end <= 1e4 and 1e-4 <= self.m < self.t):  # a slope that float16 can hold
+            raise ConfigError(
+                f"ReSTE: needs 1 <= o_end <= 1e4 and 1e-4 <= m < t, got o_end={self.o_end}, m={self.m} and t={self.t}."
+            )
 
     def exponent(self) -> Tensor:
         """The present 1/o, a float32 scalar."""
@@ -50,13 +53,13 @@ class ReSTE(Estimator, Annealed):
 
     def surrogate(self, x: Tensor) -> Tensor:
         e = self.exponent().to(x.dtype)
-        size = x.abs().clamp(max=self.t)
-        curve = size.clamp(min=self.m).pow(e)
-        line = size * self.m ** (e - 1.0)
-        return torch.where(x >= 0, 1.0, -1.0).to(x.dtype) * torch.where(size > self.m, curve, line)
+        y = x.clamp(-self.t, self.t)
+        curve = sign(x) * y.abs().clamp(min=self.m).pow(e)
+        return torch.where(y.abs() > self.m, curve, y * self.m ** (e - 1.0))
 
     def backward(self, grad: Tensor, x: Tensor) -> Tensor:
         e = self.exponent()
-        size = x.abs()
-        slope = size.clamp(min=self.m).float().pow(e - 1.0) * torch.where(size > self.m, e, 1.0)
+        # Half precision would round m, and the slope jumps there.
+        size = x.abs().to(torch.promote_types(x.dtype, torch.float32))
+        slope = size.clamp(min=self.m).pow(e - 1.0) * torch.where(size > self.m, e, 1.0)
         return clip_gradient(grad, x, self.t) * slope.to(grad.dtype)

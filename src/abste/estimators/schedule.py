@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 from torch import nn
@@ -18,8 +20,9 @@ _PATIENCE = 10
 class EstimatorSchedule:
     """Moves every annealed estimator and blend of a model through training; steps like an ``lr_scheduler``.
 
-    Call :meth:`step` once after each ``optimizer.step()``. If an optimizer of the model's parameters steps ten times
-    and the schedule never does, it warns once, since the estimators then stay as they are at the start.
+    Make it after the model is converted, and call :meth:`step` once after each ``optimizer.step()``. If an optimizer
+    of the model's parameters steps ten times and the schedule never does, it warns once, since the estimators then
+    stay as they are.
 
     Args:
         model: the model, or any module that holds the estimators.
@@ -30,14 +33,16 @@ class EstimatorSchedule:
     """
 
     def __init__(self, model: nn.Module, total_steps: int) -> None:
-        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
-            raise ConfigError(f"EstimatorSchedule: total_steps must be a positive integer, got {total_steps!r}.")
-        self.total_steps = total_steps
+        self.total_steps = _count("total_steps", total_steps, 1)
         self.last_step = 0
         self._annealed = [module for module in model.modules() if isinstance(module, Annealed)]
         self._apply()
+        self._parameters = {id(parameter) for parameter in model.parameters()}
+        self._idle = 0
         if self._annealed:
-            self._watch(model)
+            _WAITING.add(self)
+            if not _HOOKS:
+                _HOOKS.append(register_optimizer_step_post_hook(_after_step))
 
     @property
     def progress(self) -> float:
@@ -48,39 +53,49 @@ class EstimatorSchedule:
         """Count one optimizer step."""
         self.last_step += 1
         self._apply()
+        _WAITING.discard(self)
 
     def state_dict(self) -> dict[str, int]:
         """What :meth:`load_state_dict` needs: the step and the total."""
         return {"last_step": self.last_step, "total_steps": self.total_steps}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Take up where :meth:`state_dict` was called, and set the estimators accordingly."""
-        self.last_step, self.total_steps = int(state["last_step"]), int(state["total_steps"])
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Take up where :meth:`state_dict` was called, and set the estimators accordingly.
+
+        Raises:
+            ConfigError: the state of something else.
+        """
+        last_step = _count("last_step in the state", state.get("last_step"), 0)
+        self.total_steps = _count("total_steps in the state", state.get("total_steps"), 1)
+        self.last_step = last_step
         self._apply()
 
     def _apply(self) -> None:
         for module in self._annealed:
             module.set_progress(self.last_step, self.total_steps)
 
-    def _watch(self, model: nn.Module) -> None:
-        parameters = {id(parameter) for parameter in model.parameters()}
-        schedule = weakref.ref(self)
-        idle = 0
 
-        def after_step(optimizer: Any, *_: Any) -> None:
-            nonlocal idle
-            owner = schedule()
-            if owner is None or owner.last_step > 0:
-                handle.remove()
-            elif any(id(p) in parameters for group in optimizer.param_groups for p in group["params"]):
-                idle += 1
-                if idle == _PATIENCE:
-                    handle.remove()
-                    warnings.warn(
-                        f"the optimizer has stepped {_PATIENCE} times but EstimatorSchedule.step() was never called: "
-                        "the estimators stay as at the start; call schedule.step() after optimizer.step().",
-                        UserWarning,
-                        stacklevel=3,
-                    )
+def _count(name: str, value: object, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ConfigError(f"EstimatorSchedule: {name} must be an integer of at least {least}, got {value!r}.")
+    return int(value)
 
-        handle = register_optimizer_step_post_hook(after_step)
+
+# Schedules that have not stepped yet, under one hook for all. The hook stays for good: one that is removed while an
+# optimizer goes through its hooks makes that optimizer's step fail, and garbage collection might do so at any moment.
+_WAITING: weakref.WeakSet[EstimatorSchedule] = weakref.WeakSet()
+_HOOKS: list[Any] = []
+
+
+def _after_step(optimizer: Any, *_: Any) -> None:
+    for schedule in list(_WAITING):
+        if any(id(p) in schedule._parameters for group in optimizer.param_groups for p in group["params"]):
+            schedule._idle += 1
+            if schedule._idle == _PATIENCE:
+                _WAITING.discard(schedule)
+                warnings.warn(
+                    f"the optimizer has stepped {_PATIENCE} times but EstimatorSchedule.step() was never called: the "
+                    "estimators stay as they are; call schedule.step() after optimizer.step().",
+                    UserWarning,
+                    stacklevel=3,
+                )

@@ -11,13 +11,16 @@ from abste.estimators.base import Estimator, clip_gradient, register
 class STE(Estimator):
     """Clipped straight-through estimator (hard tanh).
 
-    F(x) = clip(x, -t, t), F'(x) = 1 where \\|x\\| <= t, else 0. No schedule. Applied to weights and activations.
+    F(x) = clip(x, -t, t); F'(x) = 1 where |x| <= t, else 0.
+
+    Schedule: none. Applied to weights and activations.
 
     Args:
         t: clip. Default 3 for weights and 1.5 for activations, as for AB-STE, so that the two differ by the blend
             alone. BinaryNet's t is 1, larq's QuickNet 1.25, ReSTE's 1.5: all for raw inputs.
 
-    Source: Hubara et al., Binarized Neural Networks, arXiv 1602.02830, section 1.3.
+    Source: Hubara et al., Binarized Neural Networks, arXiv 1602.02830, section 1.3. The clip at any t is our
+    generalisation.
     """
 
     defaults = {"t": {"weights": 3.0, "activations": 1.5}}
@@ -36,7 +39,9 @@ class STE(Estimator):
 class IdentitySTE(Estimator):
     """Unclipped straight-through estimator.
 
-    F(x) = x, F'(x) = 1. No schedule, no clip. Its authors apply it to weights only.
+    F(x) = x; F'(x) = 1.
+
+    Schedule: none. Clip: none. Its authors apply it to weights only.
 
     Source: Courbariaux et al., BinaryConnect, arXiv 1511.00363, section 2.3. BinaryConnect also clips the latent
     weights to [-1, 1] after each update; that belongs to the layer, not to the estimator, and is not done for it.

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-_ADDITIONS = {torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor}
+_ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 
 
 @dataclass
@@ -23,81 +25,120 @@ class LayerTrace:
 
     module: nn.Module
     calls: list[int] = field(default_factory=list)  # positions in the order of execution
-    least_input: float = float("inf")
+    signed: bool = False  # an input of it had a negative element
     read_outside: bool = False  # its weight was read while its forward was not running
     projection: bool = False  # a 1x1 convolution whose output is added to a longer path from the same input
-    inside: int = 0
+    running: int = 0
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether it is a 1x1 convolution."""
+        kernel = getattr(self.module, "kernel_size", None)
+        return isinstance(kernel, tuple) and set(kernel) == {1}
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Origin:
-    """Where a tensor comes from: all layer calls upstream, and those that reach it through no further layer."""
+    """Where data comes from, as sets of steps: bit i of a number stands for step i.
 
-    upstream: frozenset[int]
-    latest: frozenset[int]
+    A step is the call of a layer or an input of the model.
+    """
 
+    upstream: int = 0  # every step that the data depends on
+    latest: int = 0  # those of them that it reaches through no further layer
 
-_NOWHERE = _Origin(frozenset(), frozenset())
+    def __or__(self, other: _Origin) -> _Origin:
+        return _Origin(self.upstream | other.upstream, self.latest | other.latest)
 
 
 class _DataFlow(TorchDispatchMode):
-    """Follows tensors from layer to layer and finds projection shortcuts at the additions."""
+    """Follows data from layer to layer, finds projection shortcuts at the additions, and who reads a weight.
 
-    def __init__(self) -> None:
+    Data is known by its storage, so that views and in-place operations need no care. The references are weak: they
+    free the memory, and yet no later storage can be taken for an earlier one.
+    """
+
+    def __init__(self, traces: list[LayerTrace]) -> None:
         super().__init__()
-        self.origins: dict[int, _Origin] = {}
-        self.alive: list[Tensor] = []  # an id is only a name while its tensor lives
-        self.callers: list[LayerTrace] = []
-        self.inputs: list[frozenset[int]] = []
-        self.muted = 0
+        self.origins: dict[StorageWeakRef, _Origin] = {}
+        self.readers: dict[StorageWeakRef, list[LayerTrace]] = {}
+        self.steps: list[LayerTrace | None] = []
+        self.sources: list[int] = []  # upstream of each step
+        self.running = 0
+        for trace in traces:
+            for storage in _storages(trace.module._parameters.get("weight")):
+                self.readers.setdefault(storage, []).append(trace)
+
+    def step(self, trace: LayerTrace | None, value: Any, source: int = 0) -> None:
+        """Count a step, from which ``value`` comes."""
+        bit = 1 << len(self.steps)
+        self.steps.append(trace)
+        self.sources.append(source)
+        self.mark(value, _Origin(source | bit, bit))
 
     def origin(self, value: Any) -> _Origin:
-        found = [self.origins.get(id(t), _NOWHERE) for t in tree_flatten(value)[0] if isinstance(t, Tensor)]
-        return _Origin(
-            frozenset().union(*(o.upstream for o in found)), frozenset().union(*(o.latest for o in found))
-        )
+        found = _Origin()
+        for storage in _storages(value):
+            found |= self.origins.get(storage, _Origin())
+        return found
 
     def mark(self, value: Any, origin: _Origin) -> None:
-        for t in tree_flatten(value)[0]:
-            if isinstance(t, Tensor):
-                self.origins[id(t)] = origin
-                self.alive.append(t)
+        for storage in _storages(value):
+            self.origins[storage] = origin
 
-    def call(self, trace: LayerTrace, arguments: Any, run: Callable[[], Any]) -> Any:
+    def call(self, trace: LayerTrace, arguments: Any, forward: Callable[[], Any]) -> Any:
         """Run a layer's forward as one step."""
-        source = self.origin(arguments)
-        number = len(self.callers)
-        trace.calls.append(number)
-        self.callers.append(trace)
-        self.inputs.append(source.upstream)
-        self.muted += 1
+        source = self.origin(arguments).upstream
+        trace.calls.append(len(self.steps))
+        trace.running += 1
+        self.running += 1
         try:
-            output = run()
+            output = forward()
         finally:
-            self.muted -= 1
-        self.mark(output, _Origin(source.upstream | {number}, frozenset({number})))
+            trace.running -= 1
+            self.running -= 1
+        self.step(trace, output, source)
         return output
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for storage in _storages((args, kwargs)):
+            owners = self.readers.get(storage, [])
+            if not any(trace.running for trace in owners):
+                for trace in owners:
+                    trace.read_outside = True
+        source = self.origin((args, kwargs))
+        if func in _ADDITIONS and not self.running:
+            one, other = self.origin(args[0]), self.origin(args[1])
+            self._add(one, other)
+            self._add(other, one)
         output = func(*args, **(kwargs or {}))
-        if self.muted:
-            return output
-        if func in _ADDITIONS and isinstance(args[1], Tensor):
-            first, second = self.origin(args[0]), self.origin(args[1])
-            self._addition(first, second)
-            self._addition(second, first)
-        self.mark(output, self.origin((args, kwargs)))
+        if not self.running:
+            self.mark(output, source)
         return output
 
-    def _addition(self, side: _Origin, other: _Origin) -> None:
-        for number in side.latest:
-            trace = self.callers[number]
-            kernel = getattr(trace.module, "kernel_size", None)
-            if not isinstance(kernel, tuple) or set(kernel) != {1}:
+    def _add(self, side: _Origin, other: _Origin) -> None:
+        for number in _bits(side.latest):
+            trace, source = self.steps[number], self.sources[number]
+            if trace is None or not trace.pointwise or source & ~other.upstream or other.upstream >> number & 1:
                 continue
-            longer = other.upstream - self.inputs[number] - {number}
-            if self.inputs[number] <= other.upstream and longer and number not in other.upstream:
+            longer = [self.steps[i] for i in _bits(other.upstream & ~source)]
+            if len(longer) > 1 or any(step is not None and not step.pointwise for step in longer):
                 trace.projection = True
+
+
+def _bits(number: int) -> list[int]:
+    return [i for i in range(number.bit_length()) if number >> i & 1]
+
+
+def _storages(value: Any) -> list[StorageWeakRef]:
+    found = []
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            try:
+                found.append(StorageWeakRef(leaf.untyped_storage()))
+            except NotImplementedError:  # a sparse tensor has no storage of its own
+                continue
+    return found
 
 
 def _is_fresh(module: nn.Module) -> bool:
@@ -109,38 +150,30 @@ def _sampling(cls: type[nn.Module]) -> type[nn.Module]:
 
     def forward(self: Any, x: Tensor) -> Tensor:
         if x.dim() < 2 or x.numel() <= x.shape[1]:  # one value per channel has no variance
-            return cls.forward(self, x)  # type: ignore[no-any-return]
+            return cls.forward(self, x)
         return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
 
     return type(cls.__name__, (cls,), {"forward": forward})
 
 
-def _watching(cls: type[nn.Module], traces: dict[int, LayerTrace], flow: _DataFlow) -> type[nn.Module]:
-    """A subclass that reports calls and reads of the weight. No hooks: torch's fused paths step aside for those."""
+def _watching(cls: type[nn.Module], trace: LayerTrace, flow: _DataFlow) -> type[nn.Module]:
+    """A subclass that reports calls. Not a hook: torch's fused paths, which read weights, step aside for hooks."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        trace = traces[id(self)]
-        first = next((a for a in args if isinstance(a, Tensor)), None)
-        if first is not None and first.is_floating_point() and first.numel():
-            trace.least_input = min(trace.least_input, float(first.detach().min()))
-        trace.inside += 1
-        try:
-            return flow.call(trace, (args, kwargs), lambda: cls.forward(self, *args, **kwargs))
-        finally:
-            trace.inside -= 1
+        x = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+        if x is not None and not x.is_complex():
+            trace.signed = trace.signed or bool((x.detach() < 0).any())
+        return flow.call(trace, (args, kwargs), lambda: cls.forward(self, *args, **kwargs))
 
-    def __getattr__(self: nn.Module, name: str) -> Any:  # noqa: N807
-        if name == "weight" and not traces[id(self)].inside:
-            traces[id(self)].read_outside = True
-        return cls.__getattr__(self, name)
-
-    return type(cls.__name__, (cls,), {"forward": forward, "__getattr__": __getattr__})
+    return type(cls.__name__, (cls,), {"forward": forward})
 
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards the modes and random states from before."""
+    """Evaluation mode, and afterwards the modes, buffers and random states from before."""
     modes = {module: module.training for module in model.modules()}
+    registered = {module: dict(module._buffers) for module in model.modules() if module._buffers}
+    contents = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_inference()]
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         model.eval()
         try:
@@ -148,6 +181,17 @@ def untouched(model: nn.Module) -> Iterator[None]:
         finally:
             for module, mode in modes.items():
                 module.training = mode
+            for module, buffers in registered.items():
+                module._buffers.update(buffers)
+            with torch.no_grad():
+                for buffer, version, before in contents:
+                    if buffer._version != version:
+                        buffer.copy_(before)
+
+
+def _eagerly() -> AbstractContextManager[Any]:
+    """Compiled submodules run as they are written. Without them, spare the user the slow import of the compiler."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def probe_input(example: Any) -> Any:
@@ -165,6 +209,11 @@ def probe_input(example: Any) -> Any:
     return tree_map_only(Tensor, informative, example)
 
 
+def first_line(error: Exception) -> str:
+    """What an error of the model's own code says, in one line."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
+
+
 def probe(model: nn.Module, layers: list[nn.Module], example: tuple[Any, ...]) -> dict[int, LayerTrace]:
     """Run ``model`` on ``example`` and report, by id, what each of ``layers`` did.
 
@@ -173,28 +222,23 @@ def probe(model: nn.Module, layers: list[nn.Module], example: tuple[Any, ...]) -
     were.
     """
     traces = {id(layer): LayerTrace(layer) for layer in layers}
-    norms = [m for m in model.modules() if _is_fresh(m)]
+    norms = [module for module in model.modules() if _is_fresh(module)]
     classes = {module: type(module) for module in (*layers, *norms)}
-    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
     inputs = probe_input(example)
-    try:
-        with untouched(model):
-            for gradients in (False, True):
-                flow = _DataFlow()
-                for trace in traces.values():
-                    trace.calls.clear()
-                for layer in layers:
-                    layer.__class__ = _watching(classes[layer], traces, flow)
-                for norm in norms:
-                    norm.__class__ = _sampling(classes[norm])
-                try:
-                    with torch.set_grad_enabled(gradients), flow:
-                        model(*inputs)
-                finally:
-                    for module, cls in classes.items():
-                        module.__class__ = cls
-    finally:
-        with torch.no_grad():
-            for buffer, before in buffers.items():
-                buffer.copy_(before)
+    with untouched(model), _eagerly():
+        for gradients in (False, True):
+            flow = _DataFlow(list(traces.values()))
+            for leaf in tree_leaves(inputs):
+                flow.step(None, leaf)
+            for trace in traces.values():
+                trace.calls.clear()
+                trace.module.__class__ = _watching(classes[trace.module], trace, flow)
+            for norm in norms:
+                norm.__class__ = _sampling(classes[norm])
+            try:
+                with torch.set_grad_enabled(gradients), flow:
+                    model(*inputs)
+            finally:
+                for module, cls in classes.items():
+                    module.__class__ = cls
     return traces

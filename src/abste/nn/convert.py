@@ -6,26 +6,27 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import chain
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.utils._pytree import tree_leaves
 
 from abste.errors import ConfigError, ConversionError, nearest
-from abste.estimators import Binarizer, resolve
-from abste.nn._probe import LayerTrace, probe
-from abste.nn.layers import BINARY_LAYERS, BinaryConv1d, BinaryConv2d, BinaryLinear
+from abste.estimators import Binarizer, Spec
+from abste.nn._probe import LayerTrace, first_line, probe
+from abste.nn.layers import BINARY_LAYERS, BinaryConv1d, BinaryConv2d, BinaryLinear, Scale
 
-_COUNTERPARTS: dict[type[nn.Module], Callable[..., nn.Module]] = {
+_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
+_COUNTERPARTS: dict[type[nn.Module], type[BinaryConv1d | BinaryConv2d | BinaryLinear]] = {
     nn.Conv1d: BinaryConv1d,
     nn.Conv2d: BinaryConv2d,
     nn.Linear: BinaryLinear,
 }
-_NORMS: dict[type[nn.Module], Callable[..., nn.Module]] = {
-    nn.Conv1d: nn.BatchNorm1d,
-    nn.Conv2d: nn.BatchNorm2d,
-}
-UNSIGNED = ("error", "keep_float", "weights_only", "batch_norm")
+_UNSIGNED = ("error", "keep_float", "weights_only", "batch_norm")
+_NEVER_NEGATIVE = "its input is never negative"
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """Every layer with a weight, binarised or not, and why. ``print`` it; iterate over ``layers``."""
+    """Every module with a weight, binarised or not, and why. ``print`` it; iterate over ``layers``."""
 
     layers: tuple[LayerReport, ...]
 
@@ -65,12 +66,12 @@ class ConversionReport:
 
     def __str__(self) -> str:
         rows = [("layer", "type", "weights", "", "")]
-        rows += [
-            (x.name, x.kind, f"{x.parameters:,}", "binary" if x.binarized else "float", x.reason) for x in self.layers
-        ]
+        for x in self.layers:
+            rows.append((x.name, x.kind, f"{x.parameters:,}", "binary" if x.binarized else "float", x.reason))
         width = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = [
-            f"{a:<{width[0]}}  {b:<{width[1]}}  {c:>{width[2]}}  {d:<{width[3]}}  {e}".rstrip() for a, b, c, d, e in rows
+            f"{a:<{width[0]}}  {b:<{width[1]}}  {c:>{width[2]}}  {d:<{width[3]}}  {e}".rstrip()
+            for a, b, c, d, e in rows
         ]
         binary = sum(x.parameters for x in self.layers if x.binarized)
         total = sum(x.parameters for x in self.layers)
@@ -84,223 +85,238 @@ class ConversionReport:
 def convert(
     model: nn.Module,
     *,
-    weights: Any = "ab_tanh",
-    activations: Any = None,
+    weights: Spec = "ab_tanh",
+    activations: Spec = None,
     example_input: Any,
-    keep_float: Iterable[str] | Callable[[str, nn.Module], bool] = (),
+    keep_float: str | Iterable[str] | Callable[[str, nn.Module], bool] = (),
     keep_first: bool = True,
     keep_last: bool = True,
     keep_projections: bool = True,
     unsigned_inputs: Literal["error", "keep_float", "weights_only", "batch_norm"] = "error",
     standardize: bool = True,
     normalize: bool = True,
-    scale: Literal["channel", "tensor", "learned"] | None = "channel",
+    scale: Scale = "channel",
     scale_gradient: bool = False,
     pad_value: float = 0,
 ) -> ConversionReport:
-    """Replace the Conv1d, Conv2d and Linear layers of ``model``, in place, by binary ones with the same weights.
+    """Make the Conv1d, Conv2d and Linear layers of ``model`` binary, in place, with the weights they have as latents.
 
-    A forward with ``example_input`` finds the order of execution and the traps: it changes nothing in the model. Kept
-    float are the first and the last layer by execution order; 1x1 projection shortcuts, which are 1x1 convolutions
-    whose output is added to a longer path from the same input; what ``keep_float`` names; and layers that can not be
-    swapped safely: subclasses with a forward of their own, parametrised or shared weights, layers whose weight is
-    read without calling them (as in torch.nn.MultiheadAttention), and layers that the forward does not reach.
+    The layers stay the same objects with the same parameters, so an optimizer that has these, hooks, and references
+    from elsewhere go on working.
+
+    A forward with ``example_input``, in evaluation mode, finds the order of execution and the traps; it changes
+    nothing in the model. Kept float are the first and the last layer by execution order; 1x1 projection shortcuts,
+    which are 1x1 convolutions whose output is added to a longer path from the same input; what ``keep_float`` names;
+    and layers that can not be swapped safely: subclasses, which may have a forward of their own, parametrised or
+    shared weights, layers whose weight is read without calling them (as in torch.nn.MultiheadAttention), and layers
+    that the forward does not reach.
 
     Args:
-        model: any module that calls its layers; it must not be such a layer itself.
+        model: any module that calls its layers, initialised, on a real device; not such a layer itself.
         weights: binarizer of the weights: a name, a table, an object (copied per layer), or None.
         activations: binarizer of the inputs, likewise; None leaves activations in full precision (W1A32).
         example_input: a tensor, or a tuple of the model's arguments, with a batch dimension. Where a float tensor is
             constant (as ``torch.zeros``), it only gives the shape and noise is used.
-        keep_float: names to leave float, with wildcards (``["head.*"]``), or a function (name, module) -> bool.
+        keep_float: names of layers, or of modules that hold them, to leave float, with wildcards (``["head.*"]``), or
+            a function (name, module) -> bool.
         keep_first: leave the first layer float.
         keep_last: leave the last layer float.
         keep_projections: leave 1x1 projection shortcuts float.
         unsigned_inputs: what to do with layers whose input is never negative, as after a ReLU, when activations are
             binarised: the sign would be a constant +1. ``"error"`` refuses; ``"keep_float"`` leaves those layers
             float; ``"weights_only"`` binarises only their weights; ``"batch_norm"`` puts a batch norm before them, so
-            that the new module is a Sequential of ``norm`` and ``layer``.
+            that a Sequential of ``norm`` and ``layer`` stands at their name.
         standardize, normalize, scale, scale_gradient, pad_value: as in :class:`~abste.nn.BinaryConv2d`. ``pad_value``
-            goes to the convolutions.
+            goes to the convolutions with zero padding.
 
     Returns:
-        A report of every layer with a weight.
+        A report of every module with a weight.
 
     Raises:
-        ConversionError: nothing to binarise; unsigned inputs; the model fails on ``example_input``. The model is then
-            as it was.
-        ConfigError: an unknown estimator or option.
+        ConversionError: nothing to binarise; unsigned inputs; the model fails on ``example_input``.
+        ConfigError: an unknown estimator or option. After either, the model is as it was.
     """
-    if unsigned_inputs not in UNSIGNED:
-        raise ConfigError(f"unknown unsigned_inputs {unsigned_inputs!r}; {nearest(unsigned_inputs, UNSIGNED)}")
-    if weights is None and activations is None:
-        raise ConfigError("convert: weights and activations are both None, so there is nothing to binarise.")
-    for spec, role in ((weights, "weights"), (activations, "activations")):
-        resolve(spec, role)  # type: ignore[arg-type]
-    kept_by_user = _filter(keep_float)
-    layers = {name: m for name, m in model.named_modules() if _has_weight(m)}
-    if "" in layers:
-        raise ConversionError(
-            f"the model is a single {type(model).__name__}: put it in a Sequential, or use abste.nn directly."
-        )
-    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
-        raise ConversionError("the model has lazy layers without a shape yet: run it once, then convert.")
-    candidates = [m for m in layers.values() if isinstance(m, tuple(_COUNTERPARTS)) and not _is_binary(m)]
-    traces = _run_probe(model, candidates, example_input)
-    order = {id(m): traces[id(m)].calls for m in candidates if traces[id(m)].calls}
-    first = min(order, key=lambda i: order[i][0], default=None)
-    last = max(order, key=lambda i: order[i][-1], default=None)
-    owners: dict[int, list[str]] = {}
+    options = {"standardize": standardize, "normalize": normalize, "scale": scale, "scale_gradient": scale_gradient}
+    _check(model, weights, activations, unsigned_inputs, {**options, "pad_value": pad_value})
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, _LAYERS) or _matrices(module):
+            names.setdefault(module, []).append(name or "(model)")
+    kept_by_user = _filter(keep_float, list(chain(*names.values())))
+    traces = _run_probe(model, [m for m in names if isinstance(m, _LAYERS)], example_input)
+    called = [trace for trace in traces.values() if trace.calls]
+    first = min(called, key=lambda trace: trace.calls[0], default=None)
+    last = max(called, key=lambda trace: trace.calls[-1], default=None)
+    holders: dict[nn.Parameter, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(name)
+            holders.setdefault(parameter, []).append(name or "(model)")
 
-    decisions: dict[str, str | None] = {}
-    for name, module in layers.items():
-        decisions[name] = _reason_to_keep(name, module, traces.get(id(module)), owners)
-        if decisions[name] is None:
-            if keep_first and id(module) == first:
-                decisions[name] = "first layer"
-            elif keep_last and id(module) == last:
-                decisions[name] = "last layer"
-            elif keep_projections and traces[id(module)].projection:
-                decisions[name] = "1x1 projection shortcut"
-            elif kept_by_user(name, module):
-                decisions[name] = "named by keep_float"
-    chosen = [name for name, reason in decisions.items() if reason is None]
-    unsigned = [n for n in chosen if activations is not None and traces[id(layers[n])].least_input >= 0]
+    kept: dict[nn.Module, str] = {}
+    plans: dict[nn.Module, tuple[Spec, str]] = {}  # binarizer of the input, and what the report says
+    unsigned: list[nn.Module] = []
+    for module, (name, *others) in names.items():
+        trace = traces.get(id(module))
+        reason = _reason_to_keep(module, name, trace, holders)
+        if reason is None and trace is not None:
+            if keep_first and trace is first:
+                reason = "first layer"
+            elif keep_last and trace is last:
+                reason = "last layer"
+            elif keep_projections and trace.projection:
+                reason = "1x1 projection shortcut"
+            elif any(kept_by_user(each, module) for each in (name, *others)):
+                reason = "named by keep_float"
+            elif activations is not None and not trace.signed:
+                unsigned.append(module)
+                if unsigned_inputs == "keep_float" or (unsigned_inputs == "weights_only" and weights is None):
+                    reason = _NEVER_NEGATIVE
+        if reason is not None:
+            kept[module] = reason
+        elif module not in unsigned:
+            plans[module] = activations, _describe(weights, activations)
+        elif unsigned_inputs == "weights_only":
+            plans[module] = None, f"{_describe(weights, None)}; {_NEVER_NEGATIVE}, so activations stay float"
+        elif unsigned_inputs == "batch_norm":
+            plans[module] = activations, f"{_describe(weights, activations)}; after a new batch norm"
     if unsigned and unsigned_inputs == "error":
         raise ConversionError(
-            f"the input of {_some(unsigned)} is never negative (after a ReLU, say), so its sign would be constant +1: "
-            "reorder the model so that a batch norm or an addition comes right before, or choose "
+            f"the input of {_some([names[m][0] for m in unsigned])} is never negative (after a ReLU, say), so its sign "
+            "would be constant +1: reorder the model so that a batch norm or an addition comes right before, or choose "
             "unsigned_inputs='batch_norm', 'weights_only' or 'keep_float'."
         )
-    if unsigned_inputs == "keep_float":
-        for name in unsigned:
-            decisions[name] = "its input is never negative"
-        chosen = [name for name in chosen if name not in unsigned]
-    if not chosen:
-        raise ConversionError(f"nothing to binarise: {_explain(decisions)}.")
+    if not plans:
+        raise ConversionError(f"nothing to binarise: {_explain({names[m][0]: why for m, why in kept.items()})}.")
+    norms = {m: _norm(m, names[m][0]) for m in unsigned if m in plans and unsigned_inputs == "batch_norm"}
 
-    options: dict[str, Any] = {
-        "standardize": standardize,
-        "normalize": normalize,
-        "scale": scale,
-        "scale_gradient": scale_gradient,
-    }
-    replacements: dict[str, tuple[nn.Module, str]] = {}
-    for name in chosen:
-        own = activations
-        note = ""
-        if name in unsigned and unsigned_inputs == "weights_only":
-            own, note = None, "; its input is never negative, so activations stay float"
-            if weights is None:
-                decisions[name] = "its input is never negative"
-                continue
-        layer = _binary(layers[name], weights, own, pad_value, options)
-        what = _describe(weights, own) + note
-        if name in unsigned and unsigned_inputs == "batch_norm":
-            layer, what = _with_norm(layers[name], layer, name), what + "; after a new batch norm"
-        replacements[name] = (layer, what)
-    if not replacements:
-        raise ConversionError(f"nothing to binarise: {_explain(decisions)}.")
     report = ConversionReport(
         tuple(
             LayerReport(
-                name,
+                all_names[0],
                 type(module).__name__,
-                name in replacements or _is_binary(module),
-                replacements[name][1] if name in replacements else str(decisions[name]),
-                module.weight.numel(),  # type: ignore[union-attr,operator]
+                module in plans or isinstance(module, BINARY_LAYERS),
+                plans[module][1] if module in plans else kept[module],
+                _size(module),
             )
-            for name, module in layers.items()
+            for module, all_names in names.items()
         )
     )
-    for name, (replacement, _) in replacements.items():
-        model.set_submodule(name, replacement)
+    for module, (own_activations, _) in plans.items():
+        _make_binary(module, weights, own_activations, options, pad_value)
+    for module, norm in norms.items():
+        pair = nn.Sequential(OrderedDict(norm=norm, layer=module)).train(module.training)
+        for name in names[module]:
+            model.set_submodule(name, pair)
     return report
 
 
-def _has_weight(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
-    return (weight is not None and weight.dim() >= 2) or isinstance(module, tuple(_COUNTERPARTS))
+def _check(model: nn.Module, weights: Spec, activations: Spec, unsigned_inputs: str, options: dict[str, Any]) -> None:
+    """Raise what can be known without running the model."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}.")
+    if unsigned_inputs not in _UNSIGNED:
+        raise ConfigError(f"unknown unsigned_inputs {unsigned_inputs!r}; {nearest(unsigned_inputs, _UNSIGNED)}")
+    if weights is None and activations is None:
+        raise ConfigError("convert: weights and activations are both None, so there is nothing to binarise.")
+    BinaryConv2d(1, 1, 1, device="meta", weights=weights, activations=activations, **options)
+    if isinstance(model, _LAYERS):
+        raise ConversionError(
+            f"the model is a single {type(model).__name__}: put it in a Sequential, or use abste.nn directly."
+        )
+    for tensor in chain(model.parameters(), model.buffers()):
+        if is_lazy(tensor):
+            raise ConversionError("the model has lazy layers without a shape yet: run it once, then convert.")
+        if tensor.is_meta:
+            raise ConversionError(
+                "the model is on the meta device, where no forward can show what its layers do: move it with "
+                "to_empty() and initialise it, then convert."
+            )
 
 
-def _is_binary(module: nn.Module) -> bool:
-    return isinstance(module, BINARY_LAYERS)
+def _matrices(module: nn.Module) -> list[Tensor]:
+    """The parameters of its own that are weights rather than biases, norms or other vectors."""
+    if isinstance(module, ParametrizationList):
+        return []  # counted with the layer it belongs to
+    return [p for p in module._parameters.values() if p is not None and sum(size > 1 for size in p.shape) >= 2]
 
 
-def _filter(keep_float: Any) -> Callable[[str, nn.Module], bool]:
+def _size(module: nn.Module) -> int:
+    if isinstance(module, _LAYERS):
+        return int(module.weight.numel())
+    return sum(p.numel() for p in _matrices(module))
+
+
+def _filter(keep_float: Any, names: list[str]) -> Callable[[str, nn.Module], bool]:
     if callable(keep_float):
-        return keep_float  # type: ignore[no-any-return]
-    patterns = [keep_float] if isinstance(keep_float, str) else list(keep_float)
-    return lambda name, module: any(fnmatchcase(name, pattern) for pattern in patterns)
+        return keep_float
+    patterns = [keep_float] if isinstance(keep_float, str) else keep_float
+    if isinstance(patterns, Iterable):
+        patterns = list(patterns)
+    if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ConfigError(
+            f"convert: keep_float must be names or a function (name, module) -> bool, got {keep_float!r}."
+        )
+
+    def named(name: str, pattern: str) -> bool:
+        return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+
+    for pattern in patterns:
+        if not any(named(name, pattern) for name in names):
+            raise ConfigError(f"convert: no layer is named {pattern!r} (keep_float); {nearest(pattern, names)}")
+    return lambda name, _: any(named(name, pattern) for pattern in patterns)
 
 
-def _run_probe(model: nn.Module, candidates: list[nn.Module], example_input: Any) -> dict[int, LayerTrace]:
+def _run_probe(model: nn.Module, layers: list[nn.Module], example_input: Any) -> dict[int, LayerTrace]:
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
-    if not any(isinstance(argument, Tensor) for argument in arguments):
+    tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+    if not tensors:
         raise ConfigError(
             f"convert: example_input must be a tensor or a tuple with one, got {type(example_input).__name__}."
         )
     try:
-        return probe(model, candidates, arguments)
+        return probe(model, layers, arguments)
     except Exception as error:  # the model's own code: anything may come out of it
-        shapes = ", ".join(str(tuple(a.shape)) for a in arguments if isinstance(a, Tensor))
-        message = str(error).strip().split("\n")[0]
-        raise ConversionError(f"the model fails on example_input of shape {shapes}: {message}") from error
+        shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
+        raise ConversionError(f"the model fails on example_input of shape {shapes}: {first_line(error)}") from error
 
 
 def _reason_to_keep(
-    name: str, module: nn.Module, trace: LayerTrace | None, owners: dict[int, list[str]]
+    module: nn.Module, name: str, trace: LayerTrace | None, holders: dict[nn.Parameter, list[str]]
 ) -> str | None:
-    if _is_binary(module):
+    if isinstance(module, BINARY_LAYERS):
         return "binary already"
     if trace is None:
         return f"no binary counterpart of {type(module).__name__}"
-    if nn.utils.parametrize.is_parametrized(module) or hasattr(module, "weight_g"):
+    weight = module._parameters.get("weight")
+    if weight is None:
         return "its weight is parametrised"
+    shared = [other for other in holders[weight] if other != name]
+    if shared:
+        return f"its weight is shared with {shared[0]}"
     if trace.read_outside:
         return "its weight is read without calling it, so a swap would have no effect or a wrong one"
     if type(module) not in _COUNTERPARTS:
-        return f"subclass of {type(module).__mro__[1].__name__} with a forward of its own"
+        base = next(cls for cls in type(module).__mro__ if cls in _COUNTERPARTS)
+        return f"a subclass of {base.__name__}, which may have a forward of its own"
     if not trace.calls:
         return "not reached by the forward on example_input"
-    shared = [other for other in owners[id(module.weight)] if other != name]
-    if shared:
-        return f"its weight is shared with {shared[0]}"
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}"
     return None
 
 
-def _binary(module: nn.Module, weights: Any, activations: Any, pad_value: float, options: dict[str, Any]) -> nn.Module:
-    weight = module.weight
-    assert isinstance(weight, nn.Parameter)
-    shared: dict[str, Any] = {"bias": module.bias is not None, "device": weight.device, "dtype": weight.dtype}
-    shared |= {"weights": weights, "activations": activations, **options}
-    layer: nn.Module
-    with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):  # for the weights it throws away
-        if isinstance(module, nn.Linear):
-            layer = BinaryLinear(module.in_features, module.out_features, **shared)
-        else:
-            assert isinstance(module, nn.Conv1d | nn.Conv2d)
-            layer = _COUNTERPARTS[type(module)](
-                module.in_channels,
-                module.out_channels,
-                module.kernel_size,
-                stride=module.stride,
-                padding=module.padding,
-                dilation=module.dilation,
-                groups=module.groups,
-                padding_mode=module.padding_mode,
-                pad_value=pad_value if activations is not None and module.padding_mode == "zeros" else 0,
-                **shared,
-            )
-    layer.weight, layer.bias = weight, module.bias  # the parameters themselves, so an optimizer that has them goes on
-    layer.reset_scale()  # type: ignore[operator]
-    return layer.train(module.training)
+def _make_binary(
+    module: nn.Module, weights: Spec, activations: Spec, options: dict[str, Any], pad_value: float
+) -> None:
+    if isinstance(module, nn.Conv1d | nn.Conv2d) and module.padding_mode == "zeros" and activations is not None:
+        options = {**options, "pad_value": pad_value}
+    module.__class__ = _COUNTERPARTS[type(module)]
+    assert isinstance(module, BINARY_LAYERS)
+    module._binarize(weights, activations, **options)
+    module.train(module.training)  # the new submodules
 
 
-def _describe(weights: Any, activations: Any) -> str:
+def _describe(weights: Spec, activations: Spec) -> str:
     names = []
     for spec, letter in ((weights, "W"), (activations, "A")):
         if spec is None:
@@ -311,25 +327,23 @@ def _describe(weights: Any, activations: Any) -> str:
     return ", ".join(names)
 
 
-def _with_norm(module: nn.Module, layer: nn.Module, name: str) -> nn.Module:
-    norm_class = _NORMS.get(type(module))
-    if norm_class is None:
+def _norm(module: nn.Module, name: str) -> nn.Module:
+    """A batch norm for the input of a layer."""
+    if not isinstance(module, nn.Conv1d | nn.Conv2d):
         raise ConversionError(
             f"unsigned_inputs='batch_norm' can not be applied to {name}, a {type(module).__name__} whose input may "
             "have more than two dimensions: choose 'weights_only' or 'keep_float'."
         )
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    norm = norm_class(module.in_channels, device=weight.device, dtype=weight.dtype)
-    return nn.Sequential(OrderedDict(norm=norm, layer=layer)).train(module.training)
+    norm = nn.BatchNorm1d if isinstance(module, nn.Conv1d) else nn.BatchNorm2d
+    return norm(module.in_channels, device=module.weight.device, dtype=module.weight.dtype)
 
 
 def _some(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def _explain(decisions: dict[str, str | None]) -> str:
-    if not decisions:
+def _explain(kept: dict[str, str]) -> str:
+    if not kept:
         return "the model has no convolution or linear layer"
-    name, reason = next(iter(decisions.items()))
-    return f"all {len(decisions)} layers stay float ({name}: {reason})"
+    shown = [f"{name}: {reason}" for name, reason in list(kept.items())[:3]]
+    return f"every layer stays as it is ({'; '.join(shown)}{'; ...' if len(kept) > 3 else ''})"

@@ -14,7 +14,10 @@ from abste.estimators import Binarizer, sign
 
 @dataclass(frozen=True)
 class Convolution:
-    """Geometry of a 1-d or 2-d convolution; ``border`` is the explicit padding in the order of ``torch.nn.functional.pad``."""
+    """Geometry of a 1-d or 2-d convolution.
+
+    ``border`` is padding done explicitly, with ``pad_value``, in the order of ``torch.nn.functional.pad``.
+    """
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -23,19 +26,21 @@ class Convolution:
     border: tuple[int, ...] | None = None
     pad_value: float = 0.0
 
-    def pad(self, x: Tensor) -> Tensor:
+    def _padded(self, x: Tensor) -> Tensor:
         return x if self.border is None else F.pad(x, self.border, value=self.pad_value)
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The sums: (N, out, ...)."""
         convolve = F.conv1d if x.dim() == 3 else F.conv2d
-        return convolve(self.pad(x), weight, None, self.stride, self.padding, self.dilation, self.groups)
+        return convolve(self._padded(x), weight, None, self.stride, self.padding, self.dilation, self.groups)
 
     def backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool
     ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients with respect to x and weight, where needed."""
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
             grad,
-            self.pad(x),
+            self._padded(x),
             weight,
             None,
             self.stride,
@@ -60,19 +65,29 @@ class Product:
     """y = x W^T, as in ``torch.nn.Linear``, for x of any number of leading dimensions."""
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The sums: (..., out)."""
         return F.linear(x, weight)
 
     def backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        grad_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2) if need_weight else None
+        """The gradients with respect to x and weight, where needed."""
+        grad_weight = None
+        if need_weight:
+            grad_weight = grad.reshape(-1, weight.shape[0]).t() @ x.reshape(-1, weight.shape[1])
         return grad @ weight if need_x else None, grad_weight
 
     def per_channel(self, values: Tensor) -> Tensor:
+        """A vector over output features, shaped to multiply an output."""
         return values
 
 
 Contraction = Convolution | Product
+
+
+def _signs(x: Tensor, dtype: torch.dtype) -> Tensor:
+    # In two steps where the dtype changes: a comparison that also converts is not vectorised on CPU.
+    return sign(x).to(dtype)
 
 
 class _Contract(torch.autograd.Function):
@@ -94,7 +109,7 @@ class _Contract(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, scale, inverse_rms)
         ctx.binarizer, ctx.op = binarizer, op
-        y = op.forward(x if binarizer is None else sign(x, weight.dtype), weight)
+        y = op.forward(x if binarizer is None else _signs(x, weight.dtype), weight)
         return y if scale is None else y.mul_(op.per_channel(scale.to(y.dtype)))
 
     @staticmethod
@@ -103,26 +118,28 @@ class _Contract(torch.autograd.Function):
         x, weight, scale, inverse_rms = ctx.saved_tensors
         binarizer, op = ctx.binarizer, ctx.op
         need_x, need_weight, need_scale = ctx.needs_input_grad[:3]
-        factor: Tensor | None = None if scale is None else scale.to(weight.dtype)
-        if inverse_rms is not None and need_x:
-            # d sign(x / r) / dx is the slope at x / r, divided by r: on the weight that costs nothing.
-            r = inverse_rms.to(weight.dtype)
-            factor_x = r if factor is None else factor * r
-        else:
-            factor_x = factor
-        back = weight if factor_x is None else weight * factor_x.view(-1, *([1] * (weight.dim() - 1)))
-        signs = x if binarizer is None else sign(x, weight.dtype)
+
+        def times(tensor: Tensor, *factors: Tensor | None) -> Tensor:
+            given = [factor.to(weight.dtype) for factor in factors if factor is not None]
+            if not given:
+                return tensor
+            factor = given[0] if len(given) == 1 else given[0] * given[1]
+            return tensor * factor.view(-1, *([1] * (weight.dim() - 1)))
+
+        # d sign(x / r) / dx is the slope at x / r, divided by r: on the weight that costs nothing.
+        back = times(weight, scale, inverse_rms if need_x else None)
+        signs = x if binarizer is None else _signs(x, weight.dtype)
         grad_x, grad_weight = op.backward(grad, signs, back, need_x, need_weight or need_scale)
+        del signs  # its memory serves the estimator
         grad_scale = None
         if need_scale:
-            grad_scale = (grad_weight.float() * weight.float()).flatten(1).sum(1)  # type: ignore[union-attr]
-            grad_scale = grad_scale.sum_to_size(scale.shape)
-        if need_weight and factor is not None:
-            grad_weight = grad_weight * factor.view(-1, *([1] * (weight.dim() - 1)))  # type: ignore[operator]
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            grad_scale = (grad_weight.to(wide) * weight.to(wide)).flatten(1).sum(1).sum_to_size(scale.shape)
+        grad_weight = times(grad_weight, scale) if need_weight else None
         if need_x and binarizer is not None:
             seen = x if inverse_rms is None else x * inverse_rms.to(x.dtype)
-            grad_x = binarizer.backward(cast(Tensor, grad_x).to(x.dtype), seen)
-        return grad_x, grad_weight if need_weight else None, grad_scale, None, None, None
+            grad_x = binarizer.backward(grad_x.to(x.dtype), seen)
+        return grad_x, grad_weight, grad_scale, None, None, None
 
 
 def contract(

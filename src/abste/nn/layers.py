@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -9,10 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from abste.errors import ConfigError, nearest
-from abste.estimators import Binarizer, resolve
+from abste.estimators import Binarizer, Spec, resolve
 from abste.nn.functional import Contraction, Convolution, Product, contract
 
-SCALES = ("channel", "tensor", "learned")
+Scale = Literal["channel", "tensor", "learned"] | None
+"""What multiplies the sums: see :class:`BinaryConv2d`."""
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+
+_SCALES = ("channel", "tensor", "learned")
 _EPS = 1e-10
 
 
@@ -55,24 +60,26 @@ class BinaryActivation(nn.Module):
     average of the first training batches that turns into an exponential one. It changes neither sign(x) nor what is
     deployed.
 
+    Shape: any, unchanged. The input is floating-point; the output is ±1 in the same dtype.
+
     Args:
         estimator: a name, a table, or a binarizer, which is copied.
         normalize: divide by the running RMS; False takes the slope at x itself.
         momentum: of the exponential average.
 
-    Shape:
-        any, unchanged. Input floating point; output ±1 in the same dtype.
+    Raises:
+        ConfigError: an unknown estimator, or None; an input that is not floating-point.
     """
 
     mean_square: Tensor
     num_batches_tracked: Tensor
 
-    def __init__(self, estimator: Any = "ab_tanh", *, normalize: bool = True, momentum: float = 0.1) -> None:
+    def __init__(self, estimator: Spec = "ab_tanh", *, normalize: bool = True, momentum: float = 0.1) -> None:
         super().__init__()
         resolved = resolve(estimator, "activations")
         if resolved is None:
             raise ConfigError("BinaryActivation needs an estimator, got None.")
-        self.estimator: Binarizer = resolved
+        self.estimator = resolved
         self.normalize = normalize
         self.momentum = momentum
         if normalize:
@@ -84,15 +91,17 @@ class BinaryActivation(nn.Module):
         """1 / running RMS, a float32 scalar, or None without normalisation; in training x is counted first."""
         if not self.normalize:
             return None
-        if self.training:
+        if self.training and x.numel():
             norm = torch.linalg.vector_norm(x.detach(), dtype=torch.promote_types(x.dtype, torch.float32))
-            batch = (norm.square() / max(x.numel(), 1)).to(self.mean_square.dtype)
+            batch = (norm.square() / x.numel()).to(self.mean_square.dtype)
             self.num_batches_tracked.add_(1)
             weight = (1.0 / self.num_batches_tracked).clamp(min=self.momentum).to(batch.dtype)
             self.mean_square.lerp_(batch, weight)
-        return (self.mean_square.float() + _EPS).rsqrt()
+        # The limit is what float16 can hold: a layer that has seen nothing but zeros must not turn them into NaN.
+        return (self.mean_square.float() + _EPS).rsqrt().clamp(max=6e4)
 
     def forward(self, x: Tensor) -> Tensor:
+        """sign(x)."""
         _check_float(self, x)
         inverse = self.inverse_rms(x)
         if inverse is not None:
@@ -100,29 +109,31 @@ class BinaryActivation(nn.Module):
         return self.estimator(x)
 
     def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
         return "" if self.normalize else "normalize=False"
 
 
 class _BinaryLayer(nn.Module):
-    """What the binary layers share; mixed in before the torch.nn layer whose constructor and latent weight they keep."""
+    """What the binary layers share; mixed in before the torch.nn layer whose latent weight they keep."""
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
     weight_binarizer: Binarizer | None
     activation: BinaryActivation | None
     learned_scale: nn.Parameter | None
 
     def _binarize(
         self,
-        weights: Any,
-        activations: Any,
+        weights: Spec,
+        activations: Spec,
+        *,
         standardize: bool,
         normalize: bool,
-        scale: Literal["channel", "tensor", "learned"] | None,
+        scale: Scale,
         scale_gradient: bool,
     ) -> None:
-        if scale is not None and scale not in SCALES:
-            raise ConfigError(f"unknown scale {scale!r}; {nearest(scale, SCALES)}")
+        """What makes a torch.nn layer binary, apart from its class."""
+        if scale is not None and scale not in _SCALES:
+            raise ConfigError(f"unknown scale {scale!r}; {nearest(scale, _SCALES)}")
         if not self.weight.is_floating_point():
             raise ConfigError(f"{type(self).__name__} needs a floating-point dtype, got {self.weight.dtype}.")
         self.weight_binarizer = resolve(weights, "weights")
@@ -149,16 +160,18 @@ class _BinaryLayer(nn.Module):
         size = latent.abs()
         return size.flatten(1).mean(1) if self.scale == "channel" else size.mean().view(1)
 
+    def _clamp_latents(self) -> None:
+        # A raw latent beyond the clip gets no gradient and would never come back. Through .data, since a layer that
+        # is called twice before the backward still needs the first call's weight, whose values this does not change.
+        binarizer = self.weight_binarizer
+        if self.training and binarizer is not None and not self.standardize and binarizer.t < math.inf:
+            self.weight.data.clamp_(-binarizer.t, binarizer.t)
+
     def _signs(self) -> Tensor:
         if self.weight_binarizer is None:
             return self.weight
-        if self.standardize:
-            return self.weight_binarizer(standardize(self.weight)).to(self.weight.dtype)
-        if self.training and self.weight_binarizer.t < float("inf"):
-            # A latent beyond the clip gets no gradient and would never come back.
-            with torch.no_grad():
-                self.weight.clamp_(-self.weight_binarizer.t, self.weight_binarizer.t)
-        return self.weight_binarizer(self.weight)
+        latent = standardize(self.weight) if self.standardize else self.weight
+        return self.weight_binarizer(latent).to(self.weight.dtype)
 
     @torch.no_grad()
     def binary_weight(self) -> BinaryWeight:
@@ -169,48 +182,24 @@ class _BinaryLayer(nn.Module):
         """
         if self.weight_binarizer is None:
             raise ConfigError(f"this {type(self).__name__} has full-precision weights (weights=None): read .weight.")
-        signs, scale = self._signs(), self._scale()
-        return BinaryWeight(signs, None if scale is None else scale.detach().clone())
+        scale = self._scale()
+        return BinaryWeight(self._signs(), None if scale is None else scale.detach().clone())
 
-    def _contract(self, x: Tensor, op: Contraction) -> Tensor:
+    def _contract(self, x: Tensor, op: Contraction, bias: Tensor | None) -> Tensor:
+        self._clamp_latents()
         inverse = None if self.activation is None else self.activation.inverse_rms(x)
         binarizer = None if self.activation is None else self.activation.estimator
         y = contract(x, self._signs(), op, self._scale(), binarizer, inverse)
-        if self.bias is not None:
-            y = y + op.per_channel(self.bias.to(y.dtype))
-        return y
+        return y if bias is None else y + op.per_channel(bias.to(y.dtype))
 
     def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
         parts = [super().extra_repr(), f"scale={self.scale!r}"]
         if not self.standardize:
             parts.append("standardize=False")
         if self.scale_gradient:
             parts.append("scale_gradient=True")
         return ", ".join(parts)
-
-
-_ARGUMENTS = """
-    Args:
-        weights: binarizer of the weights: a name, a table, an object (copied), or None for full precision.
-        activations: binarizer of the input, likewise. None leaves the input alone (W1A32).
-        standardize: binarise the latent weight with each filter's mean and RMS removed (see
-            :func:`~abste.nn.standardize`), which gives estimators an input of known scale; False takes the raw
-            latents, and clamps them to ±t of a clipped estimator during training, or they would die.
-        normalize: take the slope of ``activations`` at the input divided by its running RMS (see
-            :class:`BinaryActivation`).
-        scale: ``"channel"``, mean \\|latent\\| per output channel; ``"tensor"``, over the whole tensor; ``"learned"``, a
-            parameter per output channel that starts at the first; or None. Applied after the sum.
-        scale_gradient: let gradient reach the latents through a scale that is computed from them.
-{more}        others: as in :class:`torch.nn.{base}`. A bias is added after the scale, in full precision.
-
-    The state_dict holds the latent weights; :meth:`binary_weight` gives the ±1.
-
-    Raises:
-        ConfigError: unknown estimator or scale; an input of wrong shape or dtype.
-"""
-_PAD_VALUE = """        pad_value: 0, 1 or -1: what padding adds to the binarised input. 0 is added after sign, so it stays 0. ±1
-            keeps the input one bit wide, and needs ``activations``.
-"""
 
 
 def _check_float(layer: nn.Module, x: Tensor) -> None:
@@ -222,18 +211,41 @@ def _check_float(layer: nn.Module, x: Tensor) -> None:
 class _BinaryConv(_BinaryLayer, nn.modules.conv._ConvNd):
     def __init__(
         self,
-        *args: Any,
-        weights: Any = "ab_tanh",
-        activations: Any = None,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: Literal["same", "valid"] | int | tuple[int, ...] = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        weights: Spec = "ab_tanh",
+        activations: Spec = None,
         standardize: bool = True,
         normalize: bool = True,
-        scale: Literal["channel", "tensor", "learned"] | None = "channel",
+        scale: Scale = "channel",
         scale_gradient: bool = False,
         pad_value: float = 0,
-        **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
-        self._binarize(weights, activations, standardize, normalize, scale, scale_gradient)
+        shape = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+        arguments: tuple[Any, ...] = (*shape, bias, padding_mode, device, dtype)
+        super().__init__(*arguments)
+        self._binarize(
+            weights,
+            activations,
+            standardize=standardize,
+            normalize=normalize,
+            scale=scale,
+            scale_gradient=scale_gradient,
+            pad_value=pad_value,
+        )
+
+    def _binarize(self, weights: Spec, activations: Spec, *, pad_value: float = 0, **options: Any) -> None:
+        super()._binarize(weights, activations, **options)
         if pad_value not in (-1, 0, 1):
             raise ConfigError(f"{type(self).__name__}: pad_value must be 0, 1 or -1, got {pad_value!r}.")
         if pad_value and (activations is None or self.padding_mode != "zeros"):
@@ -243,73 +255,124 @@ class _BinaryConv(_BinaryLayer, nn.modules.conv._ConvNd):
         self.pad_value = float(pad_value)
 
     def _geometry(self) -> Convolution:
-        border = tuple(self._reversed_padding_repeated_twice)
-        plain = not isinstance(self.padding, str) and self.padding_mode == "zeros" and not self.pad_value
-        padding = tuple(self.padding) if plain else (0,) * len(self.stride)
-        explicit = None if plain or self.padding_mode != "zeros" or not any(border) else border
-        return Convolution(self.stride, padding, self.dilation, self.groups, explicit, self.pad_value)
+        padding, border = (0,) * len(self.stride), None
+        if self.padding_mode == "zeros":  # else the input has been padded already
+            if isinstance(self.padding, tuple) and not self.pad_value:
+                padding = self.padding
+            elif any(self._reversed_padding_repeated_twice):
+                border = tuple(self._reversed_padding_repeated_twice)
+        return Convolution(self.stride, padding, self.dilation, self.groups, border, self.pad_value)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Convolve."""
         _check_float(self, x)
         spatial = len(self.stride)
         if x.dim() not in (spatial + 1, spatial + 2) or x.shape[-spatial - 1] != self.in_channels:
             raise ConfigError(
                 f"{type(self).__name__} needs an input of shape ([N,] {self.in_channels}, "
-                f"{', '.join('LHW'[-spatial:] if spatial > 1 else 'L')}), got {tuple(x.shape)}."
+                f"{'L' if spatial == 1 else 'H, W'}), got {tuple(x.shape)}."
             )
         single = x.dim() == spatial + 1
         if single:
             x = x.unsqueeze(0)
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-        y = self._contract(x, self._geometry())
+        y = self._contract(x, self._geometry(), self.bias)
         return y.squeeze(0) if single else y
 
     def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
         return super().extra_repr() + (f", pad_value={self.pad_value:g}" if self.pad_value else "")
 
 
 class BinaryConv1d(_BinaryConv, nn.Conv1d):
-    __doc__ = (
-        "1-d convolution with binary weights, inputs, or both.\n\n    Shape: (N, C, L) or (C, L).\n"
-        + _ARGUMENTS.format(base="Conv1d", more=_PAD_VALUE)
-    )
+    """1-d convolution with binary weights, binary inputs, or both.
+
+    Shape: (N, C, L) or (C, L), as in :class:`torch.nn.Conv1d`.
+
+    Args:
+        in_channels ... dtype: as in :class:`torch.nn.Conv1d`.
+        weights, activations: binarizers of the weights and of the input; None is full precision.
+        standardize, normalize, scale, scale_gradient, pad_value: see :class:`BinaryConv2d`.
+
+    Raises:
+        ConfigError: an unknown estimator or option; an input of the wrong shape or dtype.
+    """
 
 
 class BinaryConv2d(_BinaryConv, nn.Conv2d):
-    __doc__ = (
-        "2-d convolution with binary weights, inputs, or both.\n\n    Shape: (N, C, H, W) or (C, H, W).\n"
-        + _ARGUMENTS.format(base="Conv2d", more=_PAD_VALUE)
-    )
+    """2-d convolution with binary weights, binary inputs, or both.
+
+    y = scale * conv(sign(x), sign(w)) + bias, where w is the standardised latent weight. The state_dict holds the
+    latents, under the names of :class:`torch.nn.Conv2d`; :meth:`binary_weight` gives the ±1.
+
+    Shape: (N, C, H, W) or (C, H, W), as in :class:`torch.nn.Conv2d`.
+
+    Args:
+        in_channels ... dtype: as in :class:`torch.nn.Conv2d`. A bias is added after the scale, in full precision.
+        weights: binarizer of the weights: a name, a table, an object (copied), or None for full precision.
+        activations: binarizer of the input, likewise. None leaves the input alone (W1A32).
+        standardize: binarise the latent weight with each filter's mean and RMS removed (see
+            :func:`~abste.nn.standardize`), which gives estimators an input of known scale. False takes the raw
+            latents, and in training clamps them to ±t of a clipped estimator, or they would die.
+        normalize: take the slope of ``activations`` at the input divided by its running RMS (see
+            :class:`BinaryActivation`); False takes it at the input itself.
+        scale: ``"channel"``, the mean of |latent| per output channel; ``"tensor"``, over the whole tensor;
+            ``"learned"``, a parameter per output channel that starts as the first; or None. Applied after the sum.
+        scale_gradient: let gradient reach the latents also through a scale that is computed from them.
+        pad_value: 0, 1 or -1: what zero padding adds to the binarised input. 0 is added after sign, so it stays 0.
+            ±1 keeps the input one bit wide, and needs ``activations``.
+
+    Raises:
+        ConfigError: an unknown estimator or option; an input of the wrong shape or dtype.
+    """
 
 
 class BinaryLinear(_BinaryLayer, nn.Linear):
-    __doc__ = (
-        "Linear layer with binary weights, inputs, or both.\n\n    Shape: (..., in_features) to (..., out_features).\n"
-        + _ARGUMENTS.format(base="Linear", more="")
-    )
+    """Linear layer with binary weights, binary inputs, or both.
+
+    Shape: (..., in_features) to (..., out_features), as in :class:`torch.nn.Linear`.
+
+    Args:
+        in_features ... dtype: as in :class:`torch.nn.Linear`.
+        weights, activations: binarizers of the weights and of the input; None is full precision.
+        standardize, normalize, scale, scale_gradient: see :class:`BinaryConv2d`.
+
+    Raises:
+        ConfigError: an unknown estimator or option; an input of the wrong shape or dtype.
+    """
 
     def __init__(
         self,
-        *args: Any,
-        weights: Any = "ab_tanh",
-        activations: Any = None,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        weights: Spec = "ab_tanh",
+        activations: Spec = None,
         standardize: bool = True,
         normalize: bool = True,
-        scale: Literal["channel", "tensor", "learned"] | None = "channel",
+        scale: Scale = "channel",
         scale_gradient: bool = False,
-        **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
-        self._binarize(weights, activations, standardize, normalize, scale, scale_gradient)
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._binarize(
+            weights,
+            activations,
+            standardize=standardize,
+            normalize=normalize,
+            scale=scale,
+            scale_gradient=scale_gradient,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Multiply by the weight."""
         _check_float(self, x)
         if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise ConfigError(
-                f"BinaryLinear needs an input of shape (..., {self.in_features}), got {tuple(x.shape)}."
-            )
-        return self._contract(x, Product())
+            raise ConfigError(f"BinaryLinear needs an input of shape (..., {self.in_features}), got {tuple(x.shape)}.")
+        return self._contract(x, Product(), self.bias)
 
 
 BINARY_LAYERS = (BinaryConv1d, BinaryConv2d, BinaryLinear)

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_leaves
 
 from abste.errors import ConfigError
-from abste.nn._probe import untouched
+from abste.nn._probe import first_line, untouched
 from abste.nn.layers import BINARY_LAYERS
+
+_COLUMNS = {
+    "binary_parameters": "1-bit par.",
+    "float_parameters": "32-bit par.",
+    "packed_bytes": "packed B",
+    "float_bytes": "float B",
+    "binary_macs": "1-bit MACs",
+    "float_macs": "32-bit MACs",
+}
 
 
 @dataclass(frozen=True)
@@ -94,52 +106,33 @@ class Summary:
 
     def to_dict(self) -> dict[str, Any]:
         """Layers and totals as plain numbers, for JSON."""
-        totals = {f.name: self._sum(f.name) for f in fields(LayerCost) if f.type == "int"}
         return {
             "input_size": list(self.input_size),
-            "totals": {**totals, "compression": self.compression},
+            "totals": {key: self._sum(key) for key in _COLUMNS} | {"compression": self.compression},
             "layers": [asdict(layer) for layer in self.layers],
         }
 
     def __str__(self) -> str:
-        head = ("layer", "type", "output", "1-bit par.", "32-bit par.", "packed B", "float B", "1-bit MACs", "32-bit MACs")
-        rows = [head]
+        rows = [("layer", "type", "output", *_COLUMNS.values())]
         for x in self.layers:
-            shape = "x".join(map(str, x.output_shape)) or "-"
-            numbers = (
-                x.binary_parameters,
-                x.float_parameters,
-                x.packed_bytes,
-                x.float_bytes,
-                x.binary_macs,
-                x.float_macs,
-            )
-            rows.append((x.name, x.kind, shape, *(f"{n:,}" if n else "-" for n in numbers)))
-        totals = (
-            self.binary_parameters,
-            self.float_parameters,
-            self.packed_bytes,
-            self.float_bytes,
-            self.binary_macs,
-            self.float_macs,
-        )
-        rows.append(("total", "", "", *(f"{n:,}" for n in totals)))
-        width = [max(len(row[i]) for row in rows) for i in range(len(head))]
+            numbers = [f"{getattr(x, key):,}" if getattr(x, key) else "-" for key in _COLUMNS]
+            rows.append((x.name, x.kind, "x".join(map(str, x.output_shape)) or "-", *numbers))
+        rows.append(("total", "", "", *(f"{self._sum(key):,}" for key in _COLUMNS)))
+        width = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = []
         for row in rows:
             cells = [f"{c:<{w}}" if i < 3 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, width, strict=True))]
             lines.append("  ".join(cells).rstrip())
         rule = "-" * max(map(len, lines))
-        lines[1:1] = [rule]
-        lines[-1:-1] = [rule]
-        lines.append(
+        head, *body, total = lines
+        size = (
             f"input {'x'.join(map(str, self.input_size))}; packed {self.packed_bytes / 1e3:,.1f} kB, "
             f"float32 {self.float_bytes / 1e3:,.1f} kB: {self.compression:.1f} times smaller"
         )
-        return "\n".join(lines)
+        return "\n".join([head, rule, *body, rule, total, size])
 
 
-def summary(model: nn.Module, input_size: Sequence[int] | Any, *, dtype: torch.dtype = torch.float32) -> Summary:
+def summary(model: nn.Module, input_size: Sequence[int], *, dtype: torch.dtype | None = None) -> Summary:
     """Count parameters, bytes and MACs of a model, converted or not.
 
     One forward in evaluation mode, without gradients, finds shapes and MACs; the model is left as it was. MACs are
@@ -148,7 +141,7 @@ def summary(model: nn.Module, input_size: Sequence[int] | Any, *, dtype: torch.d
     Args:
         model: any module.
         input_size: shape of the input with its batch dimension, such as ``(1, 3, 32, 32)``.
-        dtype: of the input.
+        dtype: of the input; default that of the model's first floating-point parameter.
 
     Raises:
         ConfigError: not a shape, or the model fails on an input of that shape.
@@ -156,68 +149,71 @@ def summary(model: nn.Module, input_size: Sequence[int] | Any, *, dtype: torch.d
     size = tuple(input_size) if isinstance(input_size, Sequence) else ()
     if not size or not all(isinstance(n, int) and n > 0 for n in size):
         raise ConfigError(f"summary: input_size must be a shape such as (1, 3, 32, 32), got {input_size!r}.")
-    shapes: dict[int, list[torch.Size]] = {}
+    owners = {name: module for name, module in model.named_modules() if _counts(module)}
+    shapes: dict[nn.Module, tuple[int, ...]] = {}
+    macs: dict[nn.Module, int] = {}
 
-    def note(module: nn.Module, _: Any, output: Any) -> None:
+    def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if isinstance(output, Tensor):
-            shapes.setdefault(id(module), []).append(output.shape)
+            shapes.setdefault(module, tuple(output.shape[1:]))
+            macs[module] = macs.get(module, 0) + _macs(module, tree_leaves((args, kwargs))[0], output)
 
-    owners = {name: m for name, m in model.named_modules() if _owns(m)}
-    hooks = [module.register_forward_hook(note) for module in owners.values()]
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    hooks = [module.register_forward_hook(note, with_kwargs=True) for module in owners.values()]
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     try:
         with torch.no_grad(), untouched(model):
-            model(torch.zeros(size, dtype=dtype, device=device))
+            model(torch.zeros(size, dtype=dtype or like.dtype, device=like.device))
     except Exception as error:  # the model's own code
-        message = str(error).strip().split("\n")[0]
-        raise ConfigError(f"summary: the model fails on an input of shape {size}: {message}") from error
+        raise ConfigError(f"summary: the model fails on an input of shape {size}: {first_line(error)}") from error
     finally:
         for hook in hooks:
             hook.remove()
-    seen: set[int] = set()
-    return Summary(tuple(_cost(n or "(model)", m, shapes.get(id(m), []), seen) for n, m in owners.items()), size)
-
-
-def _owns(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters(recurse=False)) or isinstance(module, nn.modules.batchnorm._BatchNorm)
-
-
-def _cost(name: str, module: nn.Module, shapes: list[torch.Size], seen: set[int]) -> LayerCost:
-    binary_layer = module if isinstance(module, BINARY_LAYERS) else None
-    bits = floats = 0
-    for key, parameter in module.named_parameters(recurse=False):
-        if id(parameter) in seen:  # shared: stored once
-            continue
-        seen.add(id(parameter))
-        if key == "weight" and binary_layer is not None and binary_layer.weight_binarizer is not None:
-            bits += parameter.numel()
-        else:
-            floats += parameter.numel()
-    extra = 0
-    if binary_layer is not None and bits:
-        extra = {"channel": binary_layer.weight.shape[0], "tensor": 1}.get(binary_layer.scale or "", 0)
-    statistics = 0
-    if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-        statistics = 2 * module.running_mean.numel()
-    learned = module.learned_scale.numel() if binary_layer is not None and binary_layer.learned_scale is not None else 0  # type: ignore[union-attr]
-    macs = sum(_macs(module, shape) for shape in shapes)
-    both = binary_layer is not None and binary_layer.weight_binarizer is not None and binary_layer.activation is not None
-    return LayerCost(
-        name=name,
-        kind=type(module).__name__,
-        output_shape=tuple(shapes[0][1:]) if shapes else (),
-        binary_parameters=bits,
-        float_parameters=floats,
-        packed_bytes=math.ceil(bits / 8) + 4 * (floats + extra + statistics),
-        float_bytes=4 * (bits + floats + statistics - learned),
-        binary_macs=macs if both else 0,
-        float_macs=0 if both else macs,
+    seen: set[nn.Parameter] = set()
+    return Summary(
+        tuple(_cost(name or "(model)", m, shapes.get(m, ()), macs.get(m, 0), seen) for name, m in owners.items()), size
     )
 
 
-def _macs(module: nn.Module, output: torch.Size) -> int:
+def _counts(module: nn.Module) -> bool:
+    owns = any(parameter is not None for parameter in module._parameters.values())
+    return owns or isinstance(module, nn.Linear | _ConvNd | _BatchNorm)
+
+
+def _cost(name: str, module: nn.Module, shape: tuple[int, ...], macs: int, seen: set[nn.Parameter]) -> LayerCost:
+    binary = module if isinstance(module, BINARY_LAYERS) and module.weight_binarizer is not None else None
+    bits = floats = scales = 0
+    for key, parameter in module._parameters.items():
+        if parameter is None or parameter in seen:  # a shared one is stored once
+            continue
+        seen.add(parameter)
+        if key == "weight" and binary is not None:
+            bits = parameter.numel()
+            scales = {"channel": parameter.shape[0], "tensor": 1}.get(binary.scale or "", 0)
+        else:
+            floats += parameter.numel()
+    statistics = 0
+    if isinstance(module, _BatchNorm) and module.running_mean is not None:
+        statistics = 2 * module.running_mean.numel()
+    learned = binary.learned_scale.numel() if binary is not None and binary.learned_scale is not None else 0
+    xnor = binary is not None and binary.activation is not None
+    return LayerCost(
+        name=name,
+        kind=type(module).__name__,
+        output_shape=shape,
+        binary_parameters=bits,
+        float_parameters=floats,
+        packed_bytes=math.ceil(bits / 8) + 4 * (floats + scales + statistics),
+        float_bytes=4 * (bits + floats - learned + statistics),
+        binary_macs=macs if xnor else 0,
+        float_macs=0 if xnor else macs,
+    )
+
+
+def _macs(module: nn.Module, x: Tensor, output: Tensor) -> int:
     if isinstance(module, nn.Linear):
         return output.numel() * module.in_features
-    if isinstance(module, nn.modules.conv._ConvNd) and not module.transposed:
-        return output.numel() * (module.in_channels // module.groups) * math.prod(module.kernel_size)
+    if isinstance(module, _ConvNd):
+        # Each input element of a transposed convolution is spread over outputs; else each output gathers inputs.
+        elements, channels = (x, module.out_channels) if module.transposed else (output, module.in_channels)
+        return elements.numel() * (channels // module.groups) * math.prod(module.kernel_size)
     return 0

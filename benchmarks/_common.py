@@ -1,0 +1,72 @@
+"""What the benchmarks of training share: the networks they compare, and what they say about where they ran."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import abste
+import abste.models
+
+# Each binary network and the same network in full precision.
+NETWORKS: dict[str, tuple[str, dict[str, str] | None]] = {
+    "W1A32": ("resnet20", {"weights": "ab_tanh"}),
+    "W1A32's float twin": ("resnet20", None),
+    "W1A1": ("resnet20_bireal", {"weights": "ab_tanh", "activations": "ab_tanh"}),
+    "W1A1's float twin": ("resnet20_bireal", None),
+}
+
+
+def twin(name: str) -> str:
+    """The float network that a binary one is compared with."""
+    return f"{name}'s float twin"
+
+
+def training_step(name: str, batch_size: int, *, compiled: bool = False) -> tuple[nn.Module, Callable[[], None]]:
+    """A network of NETWORKS for CIFAR-10 and a function that trains it for one step, always on the same noise.
+
+    The step is that of our recipes: channels_last, bf16 autocast, SGD with Nesterov, and the estimators' schedule,
+    here in the middle of training.
+    """
+    torch.manual_seed(0)
+    architecture, binarization = NETWORKS[name]
+    model = abste.models.create(architecture)
+    if binarization is not None:
+        abste.convert(model, **binarization, example_input=torch.zeros(1, 3, 32, 32))
+    model.to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(abste.parameter_groups(model, 0.01, 5e-4), lr=0.01, momentum=0.9, nesterov=True)
+    schedule = abste.EstimatorSchedule(model, total_steps=2000)
+    schedule.load_state_dict({"last_step": 1000, "total_steps": 2000})
+    run = torch.compile(model) if compiled else model
+    images = torch.randn(batch_size, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(0, 10, (batch_size,))
+
+    def step() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = nn.functional.cross_entropy(run(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+
+    return model, step
+
+
+def processor() -> str:
+    """The processor's name where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def circumstances() -> dict[str, dict[str, str]]:
+    """The machine and the versions, for a benchmark's JSON."""
+    return {
+        "machine": {"processor": processor(), "system": platform.platform(terse=True)},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "abste": abste.__version__},
+    }

@@ -1,0 +1,93 @@
+"""What a training step of a binary network costs, in steps of the same network in full precision.
+
+    python benchmarks/train_step.py [--modes eager compiled] [--batch-sizes 128 256] [--steps 30] [--out FILE]
+
+ResNet-20 with binary weights (W1A32) and ResNet-20 with Bi-Real shortcuts, binary weights and activations (W1A1),
+AB-Tanh throughout, each beside its float twin: forward, backward, optimizer and schedule in bf16 autocast and
+channels_last. The four networks take turns in one process, so that what else the machine does meets all of them alike.
+`ms` is the median step, `ratio` the median over rounds of a step divided by the twin's of the same round, with its
+quartiles. Promised are at most 1.10 for W1A32 and 1.35 for W1A1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from _common import NETWORKS, circumstances, training_step, twin
+
+PROMISED = {"W1A32": 1.10, "W1A1": 1.35}
+
+
+def measure(batch_size: int, compiled: bool, steps: int, warm_up: int) -> dict[str, list[float]]:
+    """Milliseconds of each step of each network."""
+    torch.compiler.reset()
+    functions = {name: training_step(name, batch_size, compiled=compiled)[1] for name in NETWORKS}
+    milliseconds: dict[str, list[float]] = {name: [] for name in NETWORKS}
+    for i in range(-warm_up, steps):
+        for name in list(functions)[:: 1 if i % 2 else -1]:
+            start = time.perf_counter()
+            functions[name]()
+            if i >= 0:
+                milliseconds[name].append(1e3 * (time.perf_counter() - start))
+    return milliseconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    modes = ["eager", "compiled"]
+    parser.add_argument("--modes", nargs="+", choices=modes, default=modes, help="default: eager compiled")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[128, 256], help="default: 128 256")
+    parser.add_argument("--steps", type=int, default=30, help="timed steps of each network (default: 30)")
+    parser.add_argument("--warm-up", type=int, default=4, help="untimed steps before (default: 4)")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
+    parser.add_argument("--out", type=Path, help="also write the figures here, as JSON")
+    arguments = parser.parse_args()
+    if min(arguments.batch_sizes) < 2 or arguments.steps < 2 or arguments.warm_up < 1 or arguments.threads < 1:
+        parser.error("--batch-sizes and --steps must be at least 2, --warm-up and --threads at least 1")
+    torch.set_num_threads(arguments.threads)
+
+    results: list[dict[str, object]] = []
+    print(f"{'':8}{'mode':10}{'batch':>6}{'float ms':>10}{'ms':>8}{'ratio':>7}  quartiles")
+    for mode in arguments.modes:
+        for batch_size in arguments.batch_sizes:
+            milliseconds = measure(batch_size, mode == "compiled", arguments.steps, arguments.warm_up)
+            for name, promised in PROMISED.items():
+                ratios = [a / b for a, b in zip(milliseconds[name], milliseconds[twin(name)], strict=True)]
+                low, ratio, high = statistics.quantiles(ratios, n=4)
+                float_ms, ms = statistics.median(milliseconds[twin(name)]), statistics.median(milliseconds[name])
+                over = f"  over {promised:.2f}" if ratio > promised else ""
+                print(
+                    f"{name:8}{mode:10}{batch_size:6}{float_ms:10.1f}{ms:8.1f}{ratio:7.3f}  "
+                    f"{low:.3f} to {high:.3f}{over}",
+                    flush=True,
+                )
+                results.append(
+                    {
+                        "network": name,
+                        "mode": mode,
+                        "batch_size": batch_size,
+                        "float_ms": round(float_ms, 2),
+                        "ms": round(ms, 2),
+                        "ratio": round(ratio, 3),
+                        "quartiles": [round(low, 3), round(high, 3)],
+                        "promised": promised,
+                    }
+                )
+    if arguments.out:
+        summary = {
+            "steps": arguments.steps,
+            "threads": arguments.threads,
+            "precision": "bf16 autocast",
+            **circumstances(),
+            "results": results,
+        }
+        arguments.out.write_text(json.dumps(summary, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
