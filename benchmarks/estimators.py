@@ -3,7 +3,7 @@
     python benchmarks/estimators.py [--elements 1048576 4194304] [--repeats 50] [--threads 2] [--out FILE]
 
 The peer is the fastest of the plain ways to write it: an autograd function whose forward is a comparison and whose
-backward multiplies the gradient by a mask (torch.where and masked_fill are slower, eager on CPU). The common idiom,
+backward multiplies the gradient by a mask (eager on CPU, torch.where and masked_fill are slower). The common idiom,
 clamp and detach, is a second one. Each is timed eager and compiled, in float32 and bfloat16, all of them by turns in
 one run. `ms` is the median over the repetitions and `ratio` its ratio to the peer's, promised to be at most 1.5 for
 AB-Tanh and AB-ArcTan; `of least` is the same for the fastest repetition, which another load on the machine disturbs
