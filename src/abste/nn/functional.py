@@ -90,11 +90,21 @@ def _signs(x: Tensor, dtype: torch.dtype) -> Tensor:
     return sign(x).to(dtype)
 
 
+def _per_filter(weight: Tensor, *factors: Tensor | None) -> Tensor:
+    """The weight times the factors, each one number or one per filter; itself where all are None."""
+    given = [factor.to(weight.dtype) for factor in factors if factor is not None]
+    if not given:
+        return weight
+    factor = given[0] if len(given) == 1 else given[0] * given[1]
+    return weight * factor.view(-1, *([1] * (weight.dim() - 1)))
+
+
 class _Contract(torch.autograd.Function):
     """y = scale * contraction(sign(x) or x, weight).
 
     Two things plain autograd would not do: it keeps x alone and takes its sign again in the backward, and it applies
-    the scale to the small weight there rather than to the large gradient.
+    the scale to the small weight rather than to something large. In the forward it does that where x is in full
+    precision; ±1 are summed first, which is exact.
     """
 
     @staticmethod
@@ -109,7 +119,9 @@ class _Contract(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, scale, inverse_rms)
         ctx.binarizer, ctx.op = binarizer, op
-        y = op.forward(x if binarizer is None else _signs(x, weight.dtype), weight)
+        if binarizer is None:
+            return op.forward(x, _per_filter(weight, scale))
+        y = op.forward(_signs(x, weight.dtype), weight)
         return y if scale is None else y.mul_(op.per_channel(scale.to(y.dtype)))
 
     @staticmethod
@@ -119,15 +131,8 @@ class _Contract(torch.autograd.Function):
         binarizer, op = ctx.binarizer, ctx.op
         need_x, need_weight, need_scale = ctx.needs_input_grad[:3]
 
-        def times(tensor: Tensor, *factors: Tensor | None) -> Tensor:
-            given = [factor.to(weight.dtype) for factor in factors if factor is not None]
-            if not given:
-                return tensor
-            factor = given[0] if len(given) == 1 else given[0] * given[1]
-            return tensor * factor.view(-1, *([1] * (weight.dim() - 1)))
-
         # d sign(x / r) / dx is the slope at x / r, divided by r: on the weight that costs nothing.
-        back = times(weight, scale, inverse_rms if need_x else None)
+        back = _per_filter(weight, scale, inverse_rms if need_x else None)
         signs = x if binarizer is None else _signs(x, weight.dtype)
         grad_x, grad_weight = op.backward(grad, signs, back, need_x, need_weight or need_scale)
         del signs  # its memory serves the estimator
@@ -135,7 +140,7 @@ class _Contract(torch.autograd.Function):
         if need_scale:
             wide = torch.promote_types(weight.dtype, torch.float32)
             grad_scale = (grad_weight.to(wide) * weight.to(wide)).flatten(1).sum(1).sum_to_size(scale.shape)
-        grad_weight = times(grad_weight, scale) if need_weight else None
+        grad_weight = _per_filter(grad_weight, scale) if need_weight else None
         if need_x and binarizer is not None:
             seen = x if inverse_rms is None else x * inverse_rms.to(x.dtype)
             grad_x = binarizer.backward(grad_x.to(x.dtype), seen)
