@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
 
 import torch
-import torchvision
+from _common import circumstances
 from torch import nn
 
 import abste.data
@@ -35,14 +34,6 @@ def synthetic(count: int) -> abste.data.ImageData:
         std=(0.24703, 0.24349, 0.26159),
         name="synthetic",
     )
-
-
-def processor() -> str:
-    """The processor's name where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def measure(data: abste.data.ImageData, batch_size: int, batches: int, warm_up: int, threads: int) -> dict[str, object]:
@@ -116,12 +107,7 @@ def main() -> None:
         result = measure(data, arguments.batch_size, arguments.batches, arguments.warm_up, arguments.threads)
     except abste.errors.AbsteError as error:
         parser.error(str(error))
-    result["machine"] = {"processor": processor(), "system": platform.platform(terse=True)}
-    result["versions"] = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-    }
+    result.update(circumstances())
     text = json.dumps(result, indent=2)
     print(text)
     if arguments.out:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import random
 import statistics
 import time
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _common import circumstances
 from torch import Tensor
 
 from abste import estimators
@@ -100,14 +100,6 @@ def measure(
     return {name: (1e3 * statistics.median(values), 1e3 * min(values)) for name, values in seconds.items()}
 
 
-def processor() -> str:
-    """The processor's name where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = [2**20, 2**22]
@@ -149,8 +141,7 @@ def main() -> None:
             "promised_ratio": PROMISED,
             "repeats": arguments.repeats,
             "threads": arguments.threads,
-            "machine": {"processor": processor(), "system": platform.platform(terse=True)},
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            **circumstances(),
             "results": results,
         }
         arguments.out.write_text(json.dumps(summary, indent=2) + "\n")

@@ -45,7 +45,8 @@ def estimator(binarize: dict[str, Any]) -> str:
 
 def machine(environment: dict[str, Any]) -> str:
     """Where a run ran and with what."""
-    device = environment.get("gpu") or f"{environment['threads']} threads of {environment['cpu']}"
+    threads = environment["threads"]
+    device = environment.get("gpu") or f"{threads} thread{'s' * (threads != 1)} of {environment['cpu']}"
     versions = ", ".join(f"{name} {environment[name]}" for name in ("abste", "python", "torch", "lightning-fabric"))
     return f"{device}; {versions}"
 
