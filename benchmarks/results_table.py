@@ -2,8 +2,10 @@
 
     python benchmarks/results_table.py            # rewrites what stands between the markers in README.md
     python benchmarks/results_table.py --check    # changes nothing; exits 1 where README is not up to date
+    python benchmarks/results_table.py --held-out --results results/ablations/NAME   # that folder's own README
 
 A run is listed where its summary has a test accuracy: runs scored on held-out training images are not results.
+--held-out lists just those, for an ablation.
 """
 
 from __future__ import annotations
@@ -11,16 +13,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
-# What CIFAR-10 runs of the shipped recipes must reach, in percent, by network and W/A.
+# What CIFAR-10 runs of the shipped recipes must reach, in percent, by network and W/A. The STE control has a floor of
+# its own, since results/ablations/cifar10-resnet20-w1a32-ste.
 FLOORS = {("resnet20", "32/32"): 90.5, ("resnet20", "1/32"): 88.5, ("resnet20_bireal", "1/1"): 81.0}
+CONTROL_FLOORS = {("resnet20", "1/32", "`ste`"): 87.0}
 
-RIGHT = {"Epochs", "Seed", "Test accuracy, %", "Floor, %", "Time, min"}
+HELD_OUT, TRAINING = "Held-out accuracy, %", "Training accuracy, %"
+RIGHT = {"Epochs", "Seed", "Test accuracy, %", "Floor, %", "Time, min", "Latents' learning rate", HELD_OUT, TRAINING}
 
 
 def bits(binarize: dict[str, Any]) -> str:
@@ -55,7 +61,8 @@ def described(run: str, summary: dict[str, Any]) -> dict[str, Any]:
     """The cells of one run, still without the number of its machine."""
     recipe, cost, git = summary["recipe"], summary["cost"], summary["git"]
     binarize = recipe.get("binarize") or {}
-    network, wa = recipe["model"]["name"], bits(binarize)
+    network, wa, name = recipe["model"]["name"], bits(binarize), estimator(binarize)
+    floor = CONTROL_FLOORS.get((network, wa, name), FLOORS.get((network, wa), ""))
     accuracy = f"{100 * summary['test']['accuracy']:.2f}"
     if "averaged" in summary:
         accuracy += f" (averaged weights: {100 * summary['averaged']['test']['accuracy']:.2f})"
@@ -63,23 +70,43 @@ def described(run: str, summary: dict[str, Any]) -> dict[str, Any]:
         "Run": f"[{run}](results/{run})",
         "Network": network,
         "W/A": wa,
-        "Estimator": estimator(binarize),
+        "Estimator": name,
         "Epochs": cost["epochs"],
         "Seed": recipe["train"]["seed"],
         "Test accuracy, %": accuracy,
-        "Floor, %": FLOORS.get((network, wa), "") if recipe["data"]["name"] == "cifar10" else "",
+        "Floor, %": floor if recipe["data"]["name"] == "cifar10" else "",
         "Time, min": f"{cost['seconds'] / 60:.0f}",
         "Machine": machine(summary["environment"]),
         "Commit": "" if git is None else f"`{git['commit'][:10]}`" + (" and changes" if git["modified"] else ""),
     }
 
 
-def table(summaries: dict[str, dict[str, Any]]) -> str:
+def ablated(run: str, summary: dict[str, Any]) -> dict[str, Any]:
+    """The cells of one run of an ablation."""
+    recipe = summary["recipe"]
+    optimizer = recipe["optimizer"]
+    latent_lr = optimizer.get("latent_lr")
+    return {
+        "Run": f"[{run}]({run})",
+        "W/A": bits(recipe.get("binarize") or {}),
+        "Estimator": estimator(recipe.get("binarize") or {}),
+        "Latents' learning rate": optimizer["lr"] if latent_lr is None else latent_lr,
+        "Epochs": summary["cost"]["epochs"],
+        "Seed": recipe["train"]["seed"],
+        HELD_OUT: f"{100 * summary['held_out']['accuracy']:.2f}",
+        TRAINING: f"{100 * summary['train']['accuracy']:.2f}",
+        "Machine": machine(summary["environment"]),
+    }
+
+
+def table(
+    summaries: dict[str, dict[str, Any]], describe: Callable[[str, dict[str, Any]], dict[str, Any]] = described
+) -> str:
     """The Markdown between the markers, from summaries by the name of their run."""
     if not summaries:
         return "No run is committed yet."
     order = ["32/32", "1/32", "1/1"]
-    rows = [described(run, summary) for run, summary in summaries.items()]
+    rows = [describe(run, summary) for run, summary in summaries.items()]
     rows.sort(key=lambda row: (order.index(row["W/A"]) if row["W/A"] in order else len(order), row["Run"]))
     machines = list(dict.fromkeys(row["Machine"] for row in rows))
     for row in rows:
@@ -104,20 +131,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only say whether README is up to date")
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of run directories")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file with the markers")
+    parser.add_argument(
+        "--readme", type=Path, help="file with the markers (default: README.md, --held-out: in the folder)"
+    )
+    parser.add_argument("--held-out", action="store_true", help="list the runs that were scored on held-out images")
     arguments = parser.parse_args()
+    split, describe = ("held_out", ablated) if arguments.held_out else ("test", described)
+    readme = arguments.readme or (arguments.results if arguments.held_out else ROOT) / "README.md"
     found = {file.parent.name: json.loads(file.read_text("utf-8")) for file in arguments.results.glob("*/summary.json")}
-    summaries = {run: summary for run, summary in sorted(found.items()) if "test" in summary}
-    old = arguments.readme.read_text(encoding="utf-8")
-    new = replaced(old, table(summaries))
+    summaries = {run: summary for run, summary in sorted(found.items()) if split in summary}
+    old = readme.read_text(encoding="utf-8")
+    new = replaced(old, table(summaries, describe))
     if arguments.check:
         if old != new:
             print(
-                "README's results are not those of results/: run python benchmarks/results_table.py.", file=sys.stderr
+                f"{readme.name}'s results are not those of its runs: run python benchmarks/results_table.py.",
+                file=sys.stderr,
             )
         return int(old != new)
-    arguments.readme.write_text(new, encoding="utf-8")
-    print(f"{arguments.readme.name}: {len(summaries)} runs")
+    readme.write_text(new, encoding="utf-8")
+    print(f"{readme.name}: {len(summaries)} runs")
     return 0
 
 

@@ -55,6 +55,14 @@ def test_readme_is_up_to_date(repo_root: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_ablations_are_up_to_date(repo_root: Path) -> None:
+    folders = [readme.parent for readme in (repo_root / "results" / "ablations").glob("*/README.md")]
+    assert folders
+    for folder in folders:
+        done = _run(repo_root, "--held-out", "--results", folder, "--check")
+        assert done.returncode == 0, done.stderr
+
+
 def test_table_of_some_runs(repo_root: Path, folder: Path) -> None:
     arguments = ("--results", folder / "results", "--readme", folder / "README.md")
     assert _run(repo_root, *arguments, "--check").returncode == 1
