@@ -761,5 +761,7 @@ def test_inductor_equals_eager(dynamo: Any, autocast: bool) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         found, wanted = gradients(model, compiled, x), gradients(twin, twin, x)
     tolerance = 5e-2 if autocast else 1e-4
+    # The bias before a batch norm has a gradient of zero but for rounding: compared with the others' it must be small.
+    noise = 1e-2 * tolerance * max(grad.norm() for grad in wanted.values())
     for name, grad in wanted.items():
-        assert (found[name] - grad).norm() <= tolerance * grad.norm() + 1e-6, name
+        assert (found[name] - grad).norm() <= tolerance * grad.norm() + noise, name

@@ -90,7 +90,7 @@ def test_runs_killed_many_times(abste: Any, outcome: Any, expected: Any, tmp_pat
     halves = 0
     for seed in range(1, 6):
         halves += kill_and_compare(abste, outcome, expected, tmp_path / f"run{seed}", 4, during_write, seed)
-    assert halves > 0
+    assert halves > 0 or not during_write
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

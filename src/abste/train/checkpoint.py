@@ -74,7 +74,7 @@ def check_recipe(path: Path, saved: Mapping[str, Any], asked: Mapping[str, Any])
         key, old, new = difference
         raise CheckpointError(
             f"{path} was written with {key} = {_shown(old)}, but this run asks for {_shown(new)}; "
-            "resume with the same recipe and --set values, or choose another --out."
+            "resume with the recipe.toml of that run, or the same --set values, or choose another --out."
         )
 
 
