@@ -29,12 +29,15 @@ $(BIN)/pip:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 		echo "make: '$(PYTHON) -m venv' failed: install your system's venv package (Debian: python3-venv) and try again." >&2; exit 1; }
 
+# What the installation compiles or records: a change of these installs again. Python files are read where they are.
+BUILT := pyproject.toml CMakeLists.txt src/abste/_version.py $(wildcard csrc/*/*.c csrc/*/*.h csrc/*/*.cpp)
+
 # torch and torchvision are resolved in one pip command, so that their builds match.
-$(VENV)/.train: pyproject.toml src/abste/_version.py | $(BIN)/pip
+$(VENV)/.train: $(BUILT) | $(BIN)/pip
 	$(PIP_INSTALL) -e ".[train]"
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml src/abste/_version.py | $(BIN)/pip
+$(VENV)/.dev: $(BUILT) | $(BIN)/pip
 	$(PIP_INSTALL) -e ".[train,dev]"
 	@touch $(VENV)/.train $@
 

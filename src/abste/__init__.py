@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING, Any
 from abste._version import __version__
 
 if TYPE_CHECKING:
-    from abste import data, estimators, models, nn, train
+    from abste import data, deploy, estimators, models, nn, runtime, train
     from abste.estimators import EstimatorSchedule
     from abste.nn import convert, parameter_groups, summary
+    from abste.runtime import Network, load
     from abste.train import load_run
 
-_MODULES = ("data", "estimators", "models", "nn", "train")
+_MODULES = ("data", "deploy", "estimators", "models", "nn", "runtime", "train")
 _NAMES = {
     "EstimatorSchedule": "abste.estimators",
+    "Network": "abste.runtime",
     "convert": "abste.nn",
+    "load": "abste.runtime",
     "load_run": "abste.train",
     "parameter_groups": "abste.nn",
     "summary": "abste.nn",
@@ -27,14 +30,18 @@ _NAMES = {
 
 __all__ = [
     "EstimatorSchedule",
+    "Network",
     "__version__",
     "convert",
     "data",
+    "deploy",
     "estimators",
+    "load",
     "load_run",
     "models",
     "nn",
     "parameter_groups",
+    "runtime",
     "summary",
     "train",
 ]

@@ -135,6 +135,48 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("source", metavar="RECIPE|RUN", help="built-in recipe, TOML file or run directory")
     _add_set(sub)
+
+    sub = command(
+        "export",
+        _export,
+        "pack a trained network into one small file, and verify it",
+        "  abste export runs/r20 r20.abste\n  abste export runs/r20 r20.abste --data data --float16",
+    )
+    sub.add_argument("run_directory", metavar="RUN", help="run directory")
+    sub.add_argument("file", metavar="FILE", help="the .abste file to write; replaced only by one that was verified")
+    _add_data(sub)
+    sub.add_argument("--averaged", action="store_true", help="the averaged weights, of a recipe with [average]")
+    sub.add_argument("--float16", action="store_true", help="store the weights that stay float in half precision")
+
+    sub = command(
+        "inspect",
+        _inspect,
+        "show what is in an .abste file: layers, shapes, bits, bytes, memory",
+        "  abste inspect r20.abste",
+    )
+    sub.add_argument("file", metavar="FILE", help=".abste file")
+
+    sub = command(
+        "verify",
+        _verify,
+        "compare an .abste file with the run it was made from",
+        "  abste verify runs/r20 r20.abste\n  abste verify runs/r20 r20.abste --data data",
+    )
+    sub.add_argument("run_directory", metavar="RUN", help="run directory")
+    sub.add_argument("file", metavar="FILE", help=".abste file")
+    _add_data(sub)
+    sub.add_argument("--averaged", action="store_true", help="the averaged weights, of a recipe with [average]")
+    sub.add_argument("--images", type=int, metavar="N", help="use the first N images of the data (default: all)")
+
+    sub = command(
+        "predict",
+        _predict,
+        "classify images with an .abste file; needs abste[image], not torch",
+        "  abste predict r20.abste cat.png\n  abste predict r20.abste *.jpg --top 1",
+    )
+    sub.add_argument("file", metavar="FILE", help=".abste file")
+    sub.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    sub.add_argument("--top", type=int, default=3, metavar="N", help="how many classes to show (default: 3)")
     return parser
 
 
@@ -277,6 +319,61 @@ def _summary(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _export(arguments: argparse.Namespace) -> int:
+    from abste.deploy.runs import export_run
+
+    exported = export_run(
+        arguments.run_directory,
+        arguments.file,
+        arguments.data,
+        averaged=arguments.averaged,
+        float16=arguments.float16,
+    )
+    print(exported)
+    print(f"\n{arguments.file}: {exported.file_bytes:,} bytes")
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from abste.runtime import load
+    from abste.runtime.inspect import describe
+
+    print(describe(load(arguments.file)))
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from abste.deploy.runs import verify_run
+
+    checks = verify_run(
+        arguments.run_directory,
+        arguments.file,
+        arguments.data,
+        averaged=arguments.averaged,
+        images=arguments.images,
+    )
+    print("\n\n".join(map(str, checks)))
+    return 0 if all(check.passed for check in checks) else 1
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from abste.errors import ConfigError
+    from abste.runtime import load
+    from abste.runtime.image import classify
+
+    if arguments.top < 1:
+        raise ConfigError(f"--top must be at least 1, not {arguments.top}.")
+    network = load(arguments.file)
+    for image in arguments.images:
+        found = classify(network, image)[: arguments.top]
+        if len(arguments.images) > 1:
+            print(f"{image}:")
+        width = max(len(name) for name, _ in found)
+        for name, probability in found:
+            print(f"{name:{width}}  {probability:7.2%}")
+    return 0
+
+
 def _quickstart(arguments: argparse.Namespace) -> int:
     from abste.train.recipe import load_recipe
 
@@ -300,6 +397,7 @@ def _quickstart(arguments: argparse.Namespace) -> int:
     print(
         "\nNext:\n"
         f"  abste eval {out}                                       evaluate it again\n"
+        f"  abste export {out} digits.abste                        pack it into one small file\n"
         f"  tensorboard --logdir {out}/tensorboard                 look at the curves\n"
         "  abste recipes                                            what else can be trained\n"
         "  abste train cifar10-resnet20-w1a32 --data data --out runs/r20\n"

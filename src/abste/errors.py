@@ -18,6 +18,10 @@ class ConversionError(AbsteError, ValueError):
     """A model that cannot be binarised as asked."""
 
 
+class FormatError(AbsteError, ValueError):
+    """A file that is not an .abste file, is damaged, or is made for a newer reader."""
+
+
 class DataError(AbsteError, ValueError):
     """A data set that is missing, truncated, or not what its name says."""
 

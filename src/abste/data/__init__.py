@@ -9,6 +9,6 @@ for images, labels in batches.epoch(0):
 """
 
 from abste.data.batches import Augment, Batches
-from abste.data.sets import ImageData, Splits, available, hold_out, load
+from abste.data.sets import Description, ImageData, Splits, available, describe, hold_out, load
 
-__all__ = ["Augment", "Batches", "ImageData", "Splits", "available", "hold_out", "load"]
+__all__ = ["Augment", "Batches", "Description", "ImageData", "Splits", "available", "describe", "hold_out", "load"]

@@ -106,6 +106,24 @@ def load(name: str, root: str | Path | None = None, download: bool = True) -> Sp
     return _LOADERS[name](None if root is None else Path(root).expanduser(), download)
 
 
+class Description(NamedTuple):
+    """What a data set is, without its images: see `ImageData`."""
+
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def describe(name: str) -> Description | None:
+    """Class names and pixel statistics of a data set, from no file; None where the name is unknown."""
+    if name == "cifar10":
+        return Description(_CIFAR10_CLASSES, _CIFAR10_MEAN, _CIFAR10_STD)
+    if name == "digits":
+        train = load(name).train
+        return Description(train.classes, train.mean, train.std)
+    return None
+
+
 def hold_out(train: ImageData, count: int, seed: int) -> tuple[ImageData, ImageData]:
     """Split `count` images off a training set, for choosing hyperparameters without looking at the test set.
 
@@ -170,6 +188,7 @@ def _digits(root: Path | None, download: bool) -> Splits:
     return Splits(data.select(torch.nonzero(~in_test).squeeze(1)), data.select(torch.nonzero(in_test).squeeze(1)))
 
 
+_CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _CIFAR10_MEAN = (0.49140, 0.48216, 0.44653)
 _CIFAR10_STD = (0.24703, 0.24349, 0.26159)
 

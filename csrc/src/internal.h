@@ -1,0 +1,140 @@
+/* What the parts of the runtime share: how records of a file are read, and what a kernel is. docs/format.md has the layout. */
+#ifndef ABSTE_INTERNAL_H
+#define ABSTE_INTERNAL_H
+
+#include "abste.h"
+
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "abste reads little-endian files in place and does not run on big-endian machines"
+#endif
+
+/* A file is read in place. Records lie at multiples of 4 bytes, which abste_load ensures. */
+typedef struct {
+    uint8_t kind, flags, rank, reserved0;
+    uint32_t h, w, c, offset, name, reserved[2];
+} abste_value_record;
+
+typedef struct {
+    uint8_t op, flags;
+    int16_t pad_value;
+    uint32_t name, in0, in1, out, bits, weight, groups;
+    uint16_t kernel[2], stride[2], dilation[2], padding[4]; /* padding: top, left, bottom, right */
+    uint32_t pad_channels[2], first_step, step_count;
+    float fill;
+    uint32_t reserved[6];
+} abste_node_record;
+
+typedef struct {
+    uint8_t kind, reserved0[3];
+    uint32_t name, a, b;
+    float p, q;
+    uint32_t reserved[2];
+} abste_step_record;
+
+typedef struct {
+    uint32_t offset, bytes, type, count;
+} abste_blob_record;
+
+_Static_assert(sizeof(abste_value_record) == 32, "docs/format.md");
+_Static_assert(sizeof(abste_node_record) == 96, "docs/format.md");
+_Static_assert(sizeof(abste_step_record) == 32, "docs/format.md");
+_Static_assert(sizeof(abste_blob_record) == 16, "docs/format.md");
+_Static_assert(sizeof(float) == 4, "IEEE 754 binary32");
+
+enum { OP_IDENTITY, OP_CONV, OP_SIGN_CONV, OP_XNOR, OP_MAX_POOL, OP_AVERAGE_POOL, OP_CONCAT, OP_PAD, OP_FLATTEN, OP_COUNT };
+enum { BLOB_F32, BLOB_F16, BLOB_BITS, BLOB_I32, BLOB_TEXT };
+enum {
+    STEP_AFFINE,
+    STEP_MULTIPLY,
+    STEP_ADD,
+    STEP_RELU,
+    STEP_PRELU,
+    STEP_CLAMP,
+    STEP_GELU,
+    STEP_GELU_TANH,
+    STEP_SILU,
+    STEP_SIGMOID,
+    STEP_HARDSWISH,
+    STEP_HARDSIGMOID,
+    STEP_TANH,
+    STEP_ADD_VALUE,
+    STEP_MULTIPLY_VALUE,
+    STEP_THRESHOLD,
+    STEP_SIGN,
+    STEP_COUNT
+};
+#define COUNT_PADDING 1u /* node flag */
+#define IS_OUTPUT 1u     /* value flag */
+
+/* The records come from memory that is aligned to 4 bytes, hence through void. */
+static inline const abste_value_record *value_at(const abste_model *model, uint32_t i) {
+    return (const abste_value_record *)(const void *)model->values + i;
+}
+static inline const abste_node_record *node_at(const abste_model *model, uint32_t i) {
+    return (const abste_node_record *)(const void *)model->nodes + i;
+}
+static inline const abste_step_record *step_at(const abste_model *model, uint32_t i) {
+    return (const abste_step_record *)(const void *)model->steps + i;
+}
+static inline const abste_blob_record *blob_at(const abste_model *model, uint32_t i) {
+    return (const abste_blob_record *)(const void *)model->blobs + i;
+}
+static inline const void *blob_data(const abste_model *model, uint32_t i) { return model->data + blob_at(model, i)->offset; }
+static inline uint32_t words_of(uint32_t channels) { return channels / 32 + (channels % 32 != 0); }
+/* The value that tells the size of a node's output. */
+static inline const abste_value_record *written_by(const abste_model *model, const abste_node_record *node) {
+    return value_at(model, node->out != ABSTE_NONE ? node->out : node->bits);
+}
+
+/* Channels that a kernel computes at once: a multiple of 32, so that bits leave in whole words. */
+#define BLOCK 64u
+
+typedef union {
+    float f[BLOCK];
+    int32_t i[BLOCK]; /* of xnor */
+} abste_sums;
+
+/* What a kernel reads. */
+typedef struct {
+    const abste_node_record *node;
+    uint32_t H, W, C, h, w, c; /* of the input and the output */
+    uint32_t in1_c;            /* of concat */
+    uint32_t words;            /* of a pixel of a bits input */
+    const float *in, *in1;
+    const uint32_t *bits;
+    const void *weight;
+    int half; /* the weight is f16 */
+} abste_job;
+
+/* The sums of channels [o, o + n) of the output pixel (y, x); n is at most BLOCK. */
+typedef void (*abste_kernel)(const abste_job *job, uint32_t y, uint32_t x, uint32_t o, uint32_t n, abste_sums *sums);
+
+void abste_identity_scalar(const abste_job *, uint32_t, uint32_t, uint32_t, uint32_t, abste_sums *);
+void abste_conv_scalar(const abste_job *, uint32_t, uint32_t, uint32_t, uint32_t, abste_sums *);
+void abste_sign_conv_scalar(const abste_job *, uint32_t, uint32_t, uint32_t, uint32_t, abste_sums *);
+void abste_xnor_scalar(const abste_job *, uint32_t, uint32_t, uint32_t, uint32_t, abste_sums *);
+void abste_max_pool_scalar(const abste_job *, uint32_t, uint32_t, uint32_t, uint32_t, abste_sums *);
+void abste_average_pool_scalar(const abste_job *, uint32_t, uint32_t, uint32_t, uint32_t, abste_sums *);
+void abste_concat_scalar(const abste_job *, uint32_t, uint32_t, uint32_t, uint32_t, abste_sums *);
+void abste_pad_scalar(const abste_job *, uint32_t, uint32_t, uint32_t, uint32_t, abste_sums *);
+void abste_flatten_scalar(const abste_job *, uint32_t, uint32_t, uint32_t, uint32_t, abste_sums *);
+
+/* The taps [first, last) of a window that lie inside [0, size), the first one being at `start`. */
+typedef struct {
+    uint32_t first, last;
+} abste_range;
+
+static inline abste_range taps_inside(int64_t start, uint32_t count, uint32_t dilation, uint32_t size) {
+    abste_range range = {0, count};
+    if (start < 0) {
+        const int64_t skipped = (-start + dilation - 1) / dilation;
+        range.first = skipped < count ? (uint32_t)skipped : count;
+    }
+    if (start + (int64_t)(count - 1) * dilation >= (int64_t)size) {
+        const int64_t inside = start >= (int64_t)size ? 0 : ((int64_t)size - 1 - start) / dilation + 1;
+        range.last = inside > range.first ? (uint32_t)inside : range.first;
+    }
+    return range;
+}
+
+#endif

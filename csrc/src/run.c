@@ -1,0 +1,284 @@
+/* Runs a checked network: each node computes sums block by block, sends them through its steps, and stores floats and bits. */
+#include "internal.h"
+
+#include <string.h>
+
+typedef struct {
+    const abste_model *model;
+    const abste_run_arguments *arguments;
+    abste_job job;
+    abste_kernel kernel;
+    uint32_t node;
+    float *out;
+    uint32_t *bits;
+} work;
+
+static const abste_kernel KERNELS[OP_COUNT] = {
+    abste_identity_scalar,     abste_conv_scalar,   abste_sign_conv_scalar, abste_xnor_scalar,   abste_max_pool_scalar,
+    abste_average_pool_scalar, abste_concat_scalar, abste_pad_scalar,       abste_flatten_scalar};
+
+/* The functions of docs/format.md, operation by operation. */
+
+static float exp32(float x) {
+    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    if (x != x)
+        return x;
+    const float t = x * 1.44269504f + 0.5f;
+    int32_t whole = (int32_t)t;
+    whole -= (float)whole > t;
+    const float n = (float)whole;
+    float r = x - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    const uint32_t pattern = (uint32_t)(whole + 127) << 23;
+    float power;
+    memcpy(&power, &pattern, sizeof power);
+    return ((p * (r * r) + r) + 1.0f) * power;
+}
+
+static float sigmoid32(float x) { return 1.0f / (1.0f + exp32(-x)); }
+
+static float tanh32(float x) { return 1.0f - 2.0f / (exp32(2.0f * x) + 1.0f); }
+
+static float erf32(float x) {
+    const float a = x < 0 ? -x : x;
+    const float t = 1.0f / (1.0f + 0.3275911f * a);
+    float p = 1.061405429f;
+    p = p * t + -1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t + -0.284496736f;
+    p = p * t + 0.254829592f;
+    const float y = 1.0f - (p * t) * exp32(-(a * a));
+    return x < 0 ? -y : y;
+}
+
+static float clamp32(float v, float low, float high) { return v < low ? low : v > high ? high : v; }
+
+static const float *floats(const work *w, uint32_t value) {
+    return (const float *)(const void *)((const uint8_t *)w->arguments->arena + value_at(w->model, value)->offset);
+}
+
+static void apply(const work *w, const abste_step_record *step, uint32_t y, uint32_t x, uint32_t o, uint32_t n, float *v) {
+    const float *a = NULL, *b = NULL;
+    switch (step->kind) {
+    case STEP_AFFINE:
+        b = (const float *)blob_data(w->model, step->b) + o;
+        a = (const float *)blob_data(w->model, step->a) + o;
+        break;
+    case STEP_MULTIPLY:
+    case STEP_ADD:
+    case STEP_PRELU:
+        a = (const float *)blob_data(w->model, step->a) + o;
+        break;
+    case STEP_ADD_VALUE:
+    case STEP_MULTIPLY_VALUE: {
+        const abste_value_record *value = value_at(w->model, step->a);
+        const int same = value->h == 1 && value->w == 1; /* the same for every pixel */
+        a = floats(w, step->a) + (same ? 0 : ((size_t)y * w->job.w + x) * w->job.c) + o;
+        break;
+    }
+    default:
+        break;
+    }
+    switch (step->kind) {
+    case STEP_AFFINE:
+        for (uint32_t k = 0; k < n; ++k)
+            v[k] = v[k] * a[k] + b[k];
+        break;
+    case STEP_MULTIPLY:
+    case STEP_MULTIPLY_VALUE:
+        for (uint32_t k = 0; k < n; ++k)
+            v[k] *= a[k];
+        break;
+    case STEP_ADD:
+    case STEP_ADD_VALUE:
+        for (uint32_t k = 0; k < n; ++k)
+            v[k] += a[k];
+        break;
+    case STEP_RELU:
+        for (uint32_t k = 0; k < n; ++k)
+            v[k] = v[k] < 0 ? 0 : v[k];
+        break;
+    case STEP_PRELU:
+        for (uint32_t k = 0; k < n; ++k)
+            v[k] = v[k] < 0 ? v[k] * a[k] : v[k];
+        break;
+    case STEP_CLAMP:
+        for (uint32_t k = 0; k < n; ++k)
+            v[k] = clamp32(v[k], step->p, step->q);
+        break;
+    case STEP_GELU:
+        for (uint32_t k = 0; k < n; ++k)
+            v[k] = (0.5f * v[k]) * (1.0f + erf32(v[k] * 0.70710678f));
+        break;
+    case STEP_GELU_TANH:
+        for (uint32_t k = 0; k < n; ++k)
+            v[k] = (0.5f * v[k]) * (1.0f + tanh32(0.79788456f * (v[k] + 0.044715f * ((v[k] * v[k]) * v[k]))));
+        break;
+    case STEP_SILU:
+        for (uint32_t k = 0; k < n; ++k)
+            v[k] *= sigmoid32(v[k]);
+        break;
+    case STEP_SIGMOID:
+        for (uint32_t k = 0; k < n; ++k)
+            v[k] = sigmoid32(v[k]);
+        break;
+    case STEP_HARDSWISH:
+        for (uint32_t k = 0; k < n; ++k)
+            v[k] = (v[k] * clamp32(v[k] + 3.0f, 0, 6)) / 6.0f;
+        break;
+    case STEP_HARDSIGMOID:
+        for (uint32_t k = 0; k < n; ++k)
+            v[k] = clamp32(v[k] + 3.0f, 0, 6) / 6.0f;
+        break;
+    case STEP_TANH:
+        for (uint32_t k = 0; k < n; ++k)
+            v[k] = tanh32(v[k]);
+        break;
+    case STEP_SIGN:
+        for (uint32_t k = 0; k < n; ++k)
+            v[k] = v[k] >= 0 ? 1.0f : -1.0f;
+        break;
+    default: /* abste_load lets no other pass */
+        break;
+    }
+}
+
+static void threshold(const work *w, const abste_step_record *step, uint32_t o, uint32_t n, abste_sums *sums) {
+    const int32_t *pairs = (const int32_t *)blob_data(w->model, step->a) + 2 * (size_t)o;
+    for (uint32_t k = 0; k < n; ++k)
+        sums->f[k] = pairs[2 * k + 1] * sums->i[k] >= pairs[2 * k] ? 1.0f : -1.0f;
+}
+
+/* Copies what stands at a point of this node to those who asked for it. */
+static void trace(const work *w, int32_t point, size_t at, uint32_t n, const abste_sums *sums) {
+    for (uint32_t k = 0; k < w->arguments->trace_count; ++k) {
+        const abste_trace *wanted = &w->arguments->traces[k];
+        if (wanted->node == w->node && wanted->point == point)
+            memcpy((float *)wanted->buffer + at, sums, n * sizeof(float));
+    }
+}
+
+static void rows(void *argument, uint32_t begin, uint32_t end) {
+    const work *w = argument;
+    const abste_job *job = &w->job;
+    const abste_node_record *node = job->node;
+    const uint32_t words = words_of(job->c);
+    for (uint32_t y = begin; y < end; ++y)
+        for (uint32_t x = 0; x < job->w; ++x)
+            for (uint32_t o = 0; o < job->c; o += BLOCK) {
+                const uint32_t n = job->c - o < BLOCK ? job->c - o : BLOCK;
+                const size_t pixel = (size_t)y * job->w + x, at = pixel * job->c + o;
+                abste_sums sums;
+                w->kernel(job, y, x, o, n, &sums);
+                trace(w, -1, at, n, &sums);
+                uint32_t k = 0;
+                if (node->op == OP_XNOR) {
+                    if (node->step_count && step_at(w->model, node->first_step)->kind == STEP_THRESHOLD) {
+                        threshold(w, step_at(w->model, node->first_step), o, n, &sums);
+                        trace(w, 0, at, n, &sums);
+                        k = 1;
+                    } else {
+                        for (uint32_t m = 0; m < n; ++m)
+                            sums.f[m] = (float)sums.i[m];
+                    }
+                }
+                for (; k < node->step_count; ++k) {
+                    apply(w, step_at(w->model, node->first_step + k), y, x, o, n, sums.f);
+                    trace(w, (int32_t)k, at, n, &sums);
+                }
+                if (w->out)
+                    memcpy(w->out + at, sums.f, n * sizeof(float));
+                if (w->bits) {
+                    uint32_t *packed = w->bits + pixel * words + o / 32;
+                    for (uint32_t m = 0; m < n; m += 32) {
+                        uint32_t word = 0;
+                        for (uint32_t b = 0; b < 32 && m + b < n; ++b)
+                            word |= (uint32_t)(sums.f[m + b] >= 0) << b;
+                        packed[m / 32] = word;
+                    }
+                }
+            }
+}
+
+/* One thread computes a block of channels where there are no rows to share, as in a linear layer: that is left to one thread. */
+static void run_node(const abste_model *model, const abste_run_arguments *arguments, uint32_t i) {
+    const abste_node_record *node = node_at(model, i);
+    const abste_value_record *in = value_at(model, node->in0), *out = written_by(model, node);
+    uint8_t *arena = arguments->arena;
+    work w = {.model = model, .arguments = arguments, .kernel = KERNELS[node->op], .node = i};
+    w.job = (abste_job){.node = node, .H = in->h, .W = in->w, .C = in->c, .h = out->h, .w = out->w, .c = out->c};
+    w.job.in = (const float *)(const void *)(arena + in->offset);
+    w.job.bits = (const uint32_t *)(const void *)(arena + in->offset);
+    w.job.words = words_of(in->c);
+    if (node->op == OP_CONCAT) {
+        w.job.in1 = floats(&w, node->in1);
+        w.job.in1_c = value_at(model, node->in1)->c;
+    }
+    if (node->weight != ABSTE_NONE) {
+        w.job.weight = blob_data(model, node->weight);
+        w.job.half = blob_at(model, node->weight)->type == BLOB_F16;
+    }
+    if (node->out != ABSTE_NONE)
+        w.out = (float *)(void *)(arena + value_at(model, node->out)->offset);
+    if (node->bits != ABSTE_NONE)
+        w.bits = (uint32_t *)(void *)(arena + value_at(model, node->bits)->offset);
+    if (arguments->parallel_for)
+        arguments->parallel_for(arguments->pool, out->h, rows, &w);
+    else
+        rows(&w, 0, out->h);
+}
+
+/* Between an image of the caller and a value in the arena, which is NHWC. */
+static void copy(const abste_value_record *value, abste_layout layout, const float *from, float *to, int in) {
+    const size_t area = (size_t)value->h * value->w, c = value->c;
+    if (layout == ABSTE_NHWC || area == 1) {
+        memcpy(to, from, area * c * sizeof(float));
+        return;
+    }
+    for (size_t pixel = 0; pixel < area; ++pixel)
+        for (size_t k = 0; k < c; ++k) {
+            if (in)
+                to[pixel * c + k] = from[k * area + pixel];
+            else
+                to[k * area + pixel] = from[pixel * c + k];
+        }
+}
+
+abste_status abste_run(const abste_model *model, const abste_run_arguments *arguments) {
+    if (!model || !arguments || !arguments->inputs || !arguments->outputs || (arguments->trace_count && !arguments->traces))
+        return ABSTE_ERROR_ARGUMENT;
+    if (model->arena_bytes && (!arguments->arena || (uintptr_t)arguments->arena % 64))
+        return ABSTE_ERROR_ARGUMENT;
+    if (arguments->arena_bytes < model->arena_bytes)
+        return ABSTE_ERROR_ARENA;
+    for (uint32_t k = 0; k < arguments->trace_count; ++k) {
+        const abste_trace *wanted = &arguments->traces[k];
+        if (!wanted->buffer || wanted->node >= model->node_count || wanted->point < -1 ||
+            (wanted->point >= 0 && (uint32_t)wanted->point >= node_at(model, wanted->node)->step_count))
+            return ABSTE_ERROR_TRACE;
+    }
+    uint8_t *arena = arguments->arena;
+    for (uint32_t i = 0; i < model->input_count; ++i) {
+        const abste_value_record *value = value_at(model, i);
+        if (!arguments->inputs[i])
+            return ABSTE_ERROR_ARGUMENT;
+        copy(value, arguments->layout, arguments->inputs[i], (float *)(void *)(arena + value->offset), 1);
+    }
+    for (uint32_t i = 0; i < model->node_count; ++i)
+        run_node(model, arguments, i);
+    for (uint32_t v = 0, i = 0; v < model->value_count; ++v) {
+        const abste_value_record *value = value_at(model, v);
+        if (!(value->flags & IS_OUTPUT))
+            continue;
+        if (arguments->outputs[i])
+            copy(value, arguments->layout, (const float *)(const void *)(arena + value->offset), arguments->outputs[i], 0);
+        ++i;
+    }
+    return ABSTE_OK;
+}

@@ -1,0 +1,131 @@
+"""Exports and verifies the networks of run directories."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from abste.data import available, describe
+from abste.deploy import format as abste_format
+from abste.deploy.packing import Batch, Export, export, verify_file
+from abste.deploy.verification import Verification
+from abste.errors import ConfigError, DataError, FormatError
+from abste.train.recipe import Recipe
+from abste.train.run import RunDirectory, evaluation_batches, example_input, load_data, load_run
+
+EXPORT_IMAGES = 1000
+"""Images of the data that an export is verified on; `abste verify` takes all."""
+
+_EMBEDDED = ("digits",)
+
+
+def export_run(
+    path: str | Path,
+    file: str | Path,
+    data_root: str | Path | None = None,
+    *,
+    averaged: bool = False,
+    float16: bool = False,
+) -> Export:
+    """Export the network of a run, with its class names and normalisation.
+
+    Args:
+        path: the run directory.
+        file: the .abste file to write.
+        data_root: the folder of the data set; without it, only random images verify the file (embedded data is there).
+        averaged: the averaged weights.
+        float16: store the weights that stay float in half precision.
+
+    Raises:
+        RunError, CheckpointError: see :func:`abste.load_run`.
+        DataError: the data in ``data_root`` is missing or damaged.
+        ConversionError: see :func:`abste.deploy.export`.
+    """
+    model = load_run(path, averaged=averaged)
+    run = RunDirectory(path)
+    recipe = run.read_recipe()
+    known = describe(recipe.data.name) if recipe.data.name in available() else None
+    summary = run.read_summary() or {}
+    metadata = {"name": recipe.name, "description": recipe.description, "float16": float16, "averaged": averaged}
+    result = (summary.get("averaged", {}) if averaged else summary).get("test")
+    if result:
+        metadata["accuracy"] = result["accuracy"]
+    if summary.get("git"):
+        metadata["commit"] = summary["git"]["commit"]
+    return export(
+        model,
+        file,
+        example_input(recipe),
+        classes=None if known is None else known.classes,
+        normalization=None if known is None else (known.mean, known.std),
+        metadata=metadata,
+        float16=float16,
+        data=_data(recipe, data_root, EXPORT_IMAGES),
+    )
+
+
+def verify_run(
+    path: str | Path,
+    file: str | Path,
+    data_root: str | Path | None = None,
+    *,
+    averaged: bool = False,
+    images: int | None = None,
+) -> list[Verification]:
+    """Verify an .abste file against a run: on random images, and on its test data where that is found.
+
+    Args:
+        path: the run directory.
+        file: the .abste file.
+        data_root: the folder of the data set; embedded data needs none.
+        averaged: against the averaged weights.
+        images: use only so many images of the data.
+
+    Raises:
+        RunError, CheckpointError: see :func:`abste.load_run`.
+        DataError: the data in ``data_root`` is missing or damaged.
+        FormatError: the file cannot be read, or is no whole .abste file.
+    """
+    if images is not None and images < 1:
+        raise ConfigError(f"the number of images must be at least 1, not {images}.")
+    model = load_run(path, averaged=averaged)
+    recipe = RunDirectory(path).read_recipe()
+    try:
+        data = np.fromfile(Path(file), np.uint8)
+    except OSError as error:
+        raise FormatError(f"cannot read {os.fspath(file)}: {error.strerror or error}.") from error
+    metadata = abste_format.read(data.data).metadata or {}
+    return verify_file(
+        model,
+        data,
+        example_input(recipe),
+        float16=bool(metadata.get("float16")),
+        data=_data(recipe, data_root, images),
+    )
+
+
+def _data(recipe: Recipe, root: str | Path | None, images: int | None) -> tuple[str, Iterator[Batch]] | None:
+    """The test images of a recipe, where they are at hand, and what to call them."""
+    if root is None and recipe.data.name not in _EMBEDDED:
+        return None
+    _, evaluation, split = load_data(recipe, root)
+    count = len(evaluation) if images is None else min(images, len(evaluation))
+    if count < 1:
+        raise DataError(f"data set '{recipe.data.name}' has no images to verify on.")
+    which = "all" if count == len(evaluation) else f"the first {count:,}"
+    source = f"{which} of the {len(evaluation):,} {split.replace('_', '-')} images of {recipe.data.name}"
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        left = count
+        for inputs, labels in evaluation_batches(evaluation, recipe, "cpu").epoch(0):
+            for start in range(0, len(inputs), 100):  # what is kept of every layer is large
+                if left > 0:
+                    part = slice(start, min(start + 100, start + left))
+                    yield inputs[part].contiguous(), labels[part]
+                    left -= len(labels[part])
+
+    return source, batches()

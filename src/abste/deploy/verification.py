@@ -1,0 +1,277 @@
+"""Is a packed network the network that was trained? Compares an .abste file with a torch model, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from abste.deploy import format as abste_format
+from abste.deploy.graph import Array, Graph, Node, Op
+from abste.nn.layers import BINARY_LAYERS, _BinaryLayer
+from abste.runtime.network import Network
+from abste.runtime.reference import run as run_reference
+
+TOLERANCE = 1e-5
+"""How far from zero, in RMS of its channel, a number may lie whose sign differs; and how far logits may differ, in the
+largest logit."""
+
+
+@dataclass
+class Verification:
+    """What was compared, and what was found.
+
+    Attributes:
+        source: the images, in words.
+        images: how many.
+        integers: sums of layers with binary weights and inputs that were compared, given the packed network's bits.
+        wrong_integers: how many of them differ.
+        signs: binary weights that were compared.
+        wrong_signs: how many of them differ.
+        bits: binary activations that were compared, in images without an earlier difference.
+        differing_bits: how many of them differ.
+        farthest_bit: the largest distance from zero of one that differs, in RMS of its channel.
+        far_bits: how many lie farther than the tolerance.
+        images_with_bits: images with a differing bit; the rest of them is not compared.
+        logit_difference: the largest, in the other images, as a fraction of an image's largest logit.
+        images_off: images without a differing bit whose logits differ by more than the tolerance.
+        agreement: images with the same most likely class.
+        ties: images without a differing bit whose two most likely classes are within the tolerance, and change places.
+        misclassified: images without a differing bit whose most likely class differs beyond it.
+        reference_images: images on which the runtime was compared with the numpy interpreter.
+        reference_differences: numbers in which those two differ, at the end of any node.
+        labelled: images whose class is known.
+        correct: how many of these the model gets right, and how many the packed network.
+    """
+
+    source: str
+    images: int = 0
+    integers: int = 0
+    wrong_integers: int = 0
+    signs: int = 0
+    wrong_signs: int = 0
+    bits: int = 0
+    differing_bits: int = 0
+    farthest_bit: float = 0.0
+    far_bits: int = 0
+    images_with_bits: int = 0
+    logit_difference: float = 0.0
+    images_off: int = 0
+    agreement: int = 0
+    ties: int = 0
+    misclassified: int = 0
+    reference_images: int = 0
+    reference_differences: int = 0
+    correct: list[int] = field(default_factory=lambda: [0, 0])
+    labelled: int = 0
+
+    @property
+    def accuracy(self) -> tuple[float, float] | None:
+        """Of the model and of the packed network, 0 to 1; None where no class is known."""
+        return None if not self.labelled else (self.correct[0] / self.labelled, self.correct[1] / self.labelled)
+
+    @property
+    def passed(self) -> bool:
+        """Whether it is the same network."""
+        wrong = (self.wrong_integers, self.wrong_signs, self.far_bits, self.images_off, self.misclassified)
+        return self.images > 0 and not any(wrong) and self.reference_differences == 0
+
+    def __str__(self) -> str:
+        lines = [f"{'passed' if self.passed else 'FAILED'} on {self.images:,} images: {self.source}"]
+        lines.append(f"  binary weights         {self.signs:,} compared, {self.wrong_signs:,} differ")
+        if self.integers:
+            lines.append(f"  integer sums           {self.integers:,} compared, {self.wrong_integers:,} differ")
+        if self.bits:
+            distance = f", at most {self.farthest_bit:.1e} RMS from zero" if self.differing_bits else ""
+            lines.append(
+                f"  binary activations     {self.bits:,} compared, {self.differing_bits:,} differ{distance}"
+                f" ({self.far_bits:,} by more than {TOLERANCE:g}), in {self.images_with_bits:,} images"
+            )
+        lines.append(
+            f"  logits                 largest difference {self.logit_difference:.1e} of the largest logit"
+            f" ({self.images_off:,} images by more than {TOLERANCE:g})"
+        )
+        lines.append(
+            f"  most likely class      the same in {self.agreement:,} of {self.images:,} images"
+            + (f", a tie in {self.ties:,}" if self.ties else "")
+        )
+        if self.reference_images:
+            images = f"{self.reference_images:,} image{'s' * (self.reference_images > 1)}"
+            lines.append(f"  numpy interpreter      {self.reference_differences:,} numbers differ, on {images}")
+        if self.accuracy is not None:
+            lines.append(
+                f"  accuracy               PyTorch {self.accuracy[0]:.2%}, packed {self.accuracy[1]:.2%}"
+                f" ({self.labelled:,} labelled images)"
+            )
+        return "\n".join(lines)
+
+
+def verify(
+    model: nn.Module,
+    file: bytes | Array,
+    batches: Iterable[tuple[Tensor, Tensor | None]],
+    source: str,
+    *,
+    reference_images: int = 1,
+    threads: int | None = None,
+) -> Verification:
+    """Compare a packed network with the model it was made from, both in float32 on the CPU.
+
+    Given the packed network's own bits, each integer must be that of the model's ±1 weights. A bit may differ from the
+    sign that PyTorch sees only where that number lies within 1e-5 of its channel's RMS from zero, and what follows
+    from such a bit is not compared further. In images without one, logits agree to 1e-5 of the largest.
+
+    Args:
+        model: the trained model, in eval mode.
+        file: the bytes of an .abste file.
+        batches: (images, labels or None); images float32 (N, C, H, W), normalised as in training.
+        source: what these images are, for the report.
+        reference_images: how many of them to run through the numpy interpreter too, which is slow.
+        threads: of the packed network.
+
+    Raises:
+        FormatError: the file is malformed.
+    """
+    data = np.frombuffer(file, np.uint8)
+    graph = abste_format.read(data.data)
+    network = Network(data, "the packed network")
+    found = Verification(source)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BINARY_LAYERS)}
+    for node in graph.nodes:
+        if node.op in (Op.SIGN_CONV, Op.XNOR) and node.name in layers:
+            _compare_weights(node, layers[node.name], found)
+    for images, labels in batches:
+        if len(images):
+            _compare(model, layers, graph, network, images, labels, found, reference_images, threads)
+    return found
+
+
+def _compare_weights(node: Node, layer: _BinaryLayer, found: Verification) -> None:
+    assert node.weight is not None
+    wanted = _signs(layer).numpy() > 0
+    packed = np.moveaxis(node.weight, -1, 1).reshape(wanted.shape)
+    found.signs += packed.size
+    found.wrong_signs += int((packed != wanted).sum())
+
+
+def _signs(layer: _BinaryLayer) -> Tensor:
+    return layer.binary_weight().sign
+
+
+def _compare(
+    model: nn.Module,
+    layers: dict[str, Any],
+    graph: Graph,
+    network: Network,
+    images: Tensor,
+    labels: Tensor | None,
+    found: Verification,
+    reference_images: int,
+    threads: int | None,
+) -> None:
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[name] = args[0].detach()
+
+        return hook
+
+    nodes = [(number, node) for number, node in enumerate(graph.nodes) if node.op is Op.XNOR and node.name in layers]
+    handles = [layers[node.name].register_forward_pre_hook(keep(node.name)) for _, node in nodes]
+    try:
+        with torch.no_grad():
+            expected = model(images).float().numpy()
+    finally:
+        for handle in handles:
+            handle.remove()
+    inputs = np.ascontiguousarray(images.numpy())
+    producers = {index: number for number, node in enumerate(graph.nodes) for index in node.written()}
+    points = [(number, -1) for number, _ in nodes]
+    points += [(p := producers[node.inputs[0]], len(graph.nodes[p].steps) - 1) for _, node in nodes]
+    logits, traced = network.trace(inputs, points, threads=threads)
+
+    n = len(images)
+    clean = np.ones(n, bool)
+    for position, (_, node) in enumerate(nodes):
+        layer = layers[node.name]
+        bits = torch.from_numpy(np.moveaxis(traced[len(nodes) + position], -1, 1) >= 0)
+        before = seen[node.name]
+        bits = bits.reshape(before.shape)
+        sums = torch.from_numpy(np.moveaxis(traced[position], -1, 1))
+        wanted = _integers(layer, bits)
+        found.integers += sums.numel()
+        found.wrong_integers += int((sums.reshape(wanted.shape) != wanted).sum())
+        # From here on with images that agree so far.
+        rest = torch.from_numpy(clean)
+        dims = [d for d in range(before.dim()) if d != 1]
+        rms = before.double().square().mean(dims, keepdim=True).sqrt()
+        differs = (bits != (before >= 0)) & rest.view(-1, *[1] * (before.dim() - 1))
+        found.bits += int(rest.sum()) * before[0].numel()
+        if differs.any():
+            distance = (before.double().abs() / rms.clamp(min=1e-30))[differs]
+            found.differing_bits += len(distance)
+            found.far_bits += int((distance > TOLERANCE).sum())
+            found.farthest_bit = max(found.farthest_bit, float(distance.max()))
+            clean &= ~differs.flatten(1).any(1).numpy()
+    found.images_with_bits += int((~clean).sum())
+
+    largest = np.abs(expected).reshape(n, -1).max(1)
+    off = np.abs(expected - logits).reshape(n, -1).max(1) / np.maximum(largest, 1e-30)
+    off = np.where(np.isfinite(logits).reshape(n, -1).all(1), off, np.inf)
+    if clean.any():
+        found.logit_difference = max(found.logit_difference, float(off[clean].max()))
+        found.images_off += int((off[clean] > TOLERANCE).sum())
+    if expected.ndim == 2:
+        first, second = expected.argmax(1), logits.argmax(1)
+        rows = np.arange(n)
+        found.agreement += int((first == second).sum())
+        gap = (expected[rows, first] - expected[rows, second]) / np.maximum(largest, 1e-30)
+        tie = gap <= 2 * TOLERANCE
+        found.ties += int((clean & (first != second) & tie).sum())
+        found.misclassified += int((clean & (first != second) & ~tie).sum())
+        if labels is not None:
+            truth = labels.numpy()
+            found.labelled += n
+            found.correct[0] += int((first == truth).sum())
+            found.correct[1] += int((second == truth).sum())
+    few = min(reference_images - found.reference_images, n)
+    if few > 0:
+        _compare_reference(graph, network, inputs[:few], found)
+    found.images += n
+
+
+def _compare_reference(graph: Graph, network: Network, inputs: Array, found: Verification) -> None:
+    h, w, c = graph.values[0].shape
+    shaped = np.moveaxis(inputs.reshape(len(inputs), c, h, w), 1, -1)
+    wanted = run_reference(graph, [shaped]).points
+    points = [(number, len(node.steps) - 1) for number, node in enumerate(graph.nodes)]
+    _, traced = network.trace(inputs, points)
+    for (number, point), got in zip(points, traced, strict=True):
+        other = np.broadcast_to(wanted[number][point + 1], got.shape)
+        found.reference_differences += int((~((got == other) | ((got != got) & (other != other)))).sum())
+    found.reference_images += len(inputs)
+
+
+def _integers(layer: Any, bits: Tensor) -> Tensor:
+    """The sums of a layer for given input bits, in integers that float32 holds exactly."""
+    x = torch.where(bits, 1.0, -1.0)
+    weight = _signs(layer).float()
+    if isinstance(layer, nn.Linear):
+        return nn.functional.linear(x, weight).round().to(torch.int32)
+    geometry = layer._geometry()
+    with torch.no_grad():
+        return geometry.forward(x, weight).round().to(torch.int32)
+
+
+def random_batches(
+    shape: tuple[int, ...], count: int = 64, seed: int = 0, batch_size: int = 32
+) -> Iterable[tuple[Tensor, None]]:
+    """Images of Gaussian noise, (N, *shape) float32: what can be compared without data."""
+    generator = torch.Generator().manual_seed(seed)
+    for start in range(0, count, batch_size):
+        yield torch.randn(min(batch_size, count - start), *shape, generator=generator), None

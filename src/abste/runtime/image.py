@@ -1,0 +1,65 @@
+"""Classifies image files with a packed network. Needs Pillow: pip install 'abste[image]'."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+from abste.errors import DataError, FormatError
+from abste.runtime.network import Network
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def read_image(path: str | os.PathLike[str], shape: tuple[int, ...]) -> Array:
+    """An image file as pixels between 0 and 1, scaled and cropped about its centre.
+
+    Args:
+        path: of any format that Pillow reads.
+        shape: (C, H, W), C being 1 (grey) or 3 (RGB).
+
+    Returns:
+        (C, H, W) float32.
+
+    Raises:
+        DataError: the file is missing or no image; Pillow is missing.
+        FormatError: the network does not take images.
+    """
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise DataError("reading images needs Pillow; install it with: pip install 'abste[image]'") from error
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise FormatError(f"this network takes inputs of shape {shape}, not images.")
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGB" if shape[0] == 3 else "L")
+            fitted = ImageOps.fit(upright, (shape[2], shape[1]), Image.Resampling.BILINEAR)
+            pixels = np.asarray(fitted, np.float32) / 255
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = "it does not exist" if isinstance(error, FileNotFoundError) else "it is no image that Pillow reads"
+        raise DataError(f"cannot read {os.fspath(path)}: {reason}.") from error
+    return np.ascontiguousarray(pixels.reshape(shape[1], shape[2], shape[0]).transpose(2, 0, 1))
+
+
+def classify(network: Network, path: str | os.PathLike[str]) -> list[tuple[str, float]]:
+    """The classes of an image file, with their probabilities (softmax of the logits), most likely first.
+
+    Raises:
+        DataError: see :func:`read_image`.
+        FormatError: the network has several inputs or outputs, or gives no logits.
+    """
+    if len(network.inputs) != 1 or len(network.outputs) != 1 or len(network.outputs[0].shape) != 1:
+        raise FormatError("this network is no image classifier: it must have one input and one vector of logits.")
+    image = read_image(path, network.inputs[0].shape)
+    if network.normalization is not None:
+        mean, std = (values[:, None, None] for values in network.normalization)
+        image = (image - mean) / std
+    logits = network(image[None])[0].astype(np.float64)
+    odds = np.exp(logits - logits.max())
+    probabilities = odds / odds.sum()
+    names = network.classes or ()
+    order = np.argsort(-probabilities, kind="stable")
+    return [(names[i] if i < len(names) else f"class {i}", float(probabilities[i])) for i in order]

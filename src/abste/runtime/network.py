@@ -1,0 +1,268 @@
+"""A packed network: loads an .abste file and runs it."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from abste.errors import ConfigError, FormatError, nearest
+from abste.runtime import _native
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Layout = Literal["nchw", "nhwc"]
+
+MAX_ARENA = 2**30
+"""Bytes of working memory beyond which :func:`load` refuses a file."""
+
+
+class TensorInfo(NamedTuple):
+    """An input, an output, or what a node writes.
+
+    Attributes:
+        name: as in the file.
+        shape: without the batch, as in PyTorch: (C, H, W), (C, W) or (C,).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+
+
+class NodeInfo(NamedTuple):
+    """One operation of the network, with what is fused behind it.
+
+    Attributes:
+        name: the module it came from.
+        operation: its name in docs/format.md.
+        shape: of its output, without the batch: (C, H, W), (C, W) or (C,).
+        steps: the modules whose outputs stand after its steps; "" for a step in the middle of one.
+        weight_bits: 1, 16 or 32; 0 where it has no weights.
+        weights: how many.
+        macs: multiply-accumulates for one image, padding included.
+    """
+
+    name: str
+    operation: str
+    shape: tuple[int, ...]
+    steps: tuple[str, ...]
+    weight_bits: int
+    weights: int
+    macs: int
+
+
+class Network:
+    """A packed network that is ready to run. :func:`load` makes one.
+
+    It is read only, and several threads may call it at the same time.
+
+    Attributes:
+        inputs, outputs: names and shapes.
+        nodes: the operations, in the order in which they run.
+        classes: names of the classes, or None.
+        normalization: mean and standard deviation per channel, each (C,) float32, of pixels between 0 and 1; or None.
+        metadata: what else the file says of itself.
+        file_bytes: size of the file.
+        arena_bytes: working memory for one image.
+    """
+
+    def __init__(self, data: Array, name: str) -> None:
+        try:
+            self._model = _native.Model(data)
+        except ValueError as error:
+            raise FormatError(f"{name}: {error}") from None
+        self._name = name
+        self.file_bytes = int(data.nbytes)
+        self.arena_bytes = int(self._model.arena_bytes)
+        if self.arena_bytes > MAX_ARENA:
+            raise FormatError(
+                f"{name}: the network asks for {self.arena_bytes / 2**20:,.0f} MiB of working memory, more than "
+                f"{MAX_ARENA / 2**20:,.0f}; set abste.runtime.network.MAX_ARENA if you trust the file."
+            )
+        self._inputs = [_Tensor(*value) for value in self._model.inputs]
+        self._outputs = [_Tensor(*value) for value in self._model.outputs]
+        self.inputs = tuple(value.info() for value in self._inputs)
+        self.outputs = tuple(value.info() for value in self._outputs)
+        self._written = []
+        nodes = []
+        for node_name, operation, value, steps, bits, weights, macs in self._model.nodes:
+            self._written.append(_Tensor(*value))
+            shape = self._written[-1].info().shape
+            nodes.append(NodeInfo(node_name, operation, shape, steps, bits, weights, macs))
+        self.nodes = tuple(nodes)
+        numbers = self._model.normalization
+        self.normalization = None if numbers is None else tuple(np.array(numbers, np.float32).reshape(2, -1))
+        classes = self._model.classes
+        self.classes = None if classes is None else tuple(classes.decode(errors="replace").split("\0")[:-1])
+        self.metadata: dict[str, Any] = {}
+        if self._model.metadata is not None:
+            try:
+                metadata = json.loads(self._model.metadata)
+            except ValueError as error:
+                raise FormatError(f"{name}: its metadata is not JSON ({error}).") from None
+            self.metadata = metadata if isinstance(metadata, dict) else {}
+
+    def __repr__(self) -> str:
+        shapes = " and ".join(str(value.shape) for value in self.inputs)
+        results = " and ".join(str(value.shape) for value in self.outputs)
+        return f"<abste.Network {self._name}: {shapes} to {results}, {self.file_bytes:,} bytes>"
+
+    def __call__(
+        self,
+        *inputs: Any,
+        layout: Layout = "nchw",
+        intermediates: Iterable[str] | None = None,
+        threads: int | None = None,
+    ) -> Any:
+        """Run the network on a batch.
+
+        Args:
+            inputs: one array per input, float32, (N, C, H, W), or (N, H, W, C) with ``layout="nhwc"``; (N, C, W) or
+                (N, W, C), and (N, C), where the network's input has fewer dimensions. NumPy, or anything with
+                ``__dlpack__`` on the CPU, such as a torch tensor; not copied if contiguous. N may be 0.
+            layout: of inputs, outputs and intermediates.
+            intermediates: names of modules whose outputs are wanted too. A layer with binary weights and inputs
+                gives its integer sums, before the scale (int32); any other what PyTorch's module gives (float32).
+            threads: how many to use; default: as many as the process may use cores.
+
+        Returns:
+            The output, (N, ...) float32; a tuple where the network has several. With ``intermediates`` a pair of
+            that and a dict of arrays by name.
+
+        Raises:
+            ConfigError: an input of the wrong shape or dtype, an unknown layout or name.
+        """
+        if layout not in ("nchw", "nhwc"):
+            raise ConfigError(f"unknown layout {layout!r}; {nearest(layout, ('nchw', 'nhwc'))}")
+        names = list(dict.fromkeys(intermediates or ()))
+        outputs, buffers = self._run(inputs, [self._point(name) for name in names], layout, threads)
+        result = outputs[0] if len(outputs) == 1 else tuple(outputs)
+        if intermediates is None:
+            return result
+        found = {}
+        for name, buffer in zip(names, buffers, strict=True):
+            value = self._written[self._point(name)[0]]
+            if layout == "nchw":
+                buffer = np.ascontiguousarray(np.moveaxis(buffer, -1, 1))
+            found[name] = buffer.reshape(len(buffer), *value.shape(layout))
+        return result, found
+
+    def trace(
+        self, inputs: Any, points: Iterable[tuple[int, int]], *, threads: int | None = None
+    ) -> tuple[Array, list[Array]]:
+        """What nodes compute on the way, for checking: the first output, and an array per point.
+
+        Args:
+            inputs: of a network with one input, as when calling it with ``layout="nchw"``.
+            points: (node, step): what stands after that step, float32; for step -1 its sums (int32 of ``xnor``).
+            threads: see :meth:`__call__`.
+
+        Returns:
+            The first output (N, ...) and for each point (N, h, w, c).
+        """
+        outputs, buffers = self._run((inputs,), list(points), "nchw", threads)
+        return outputs[0], buffers
+
+    def _run(
+        self, inputs: tuple[Any, ...], points: list[tuple[int, int]], layout: Layout, threads: int | None
+    ) -> tuple[list[Array], list[Array]]:
+        if threads is None:
+            threads = _cores()
+        if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+            raise ConfigError(f"threads must be a positive integer, not {threads!r}.")
+        if len(inputs) != len(self._inputs):
+            raise ConfigError(f"this network takes {len(self._inputs)} input(s), not {len(inputs)}.")
+        arrays = [_array(x, value, layout) for x, value in zip(inputs, self._inputs, strict=True)]
+        batch = len(arrays[0])
+        if any(len(array) != batch for array in arrays):
+            raise ConfigError("the inputs differ in their number of images.")
+        outputs = [np.empty((batch, *value.shape(layout)), np.float32) for value in self._outputs]
+        traces = []
+        for node, point in points:
+            whole = point < 0 and self.nodes[node].operation == "xnor"
+            buffer = np.empty((batch, *self._written[node].size), np.int32 if whole else np.float32)
+            traces.append((node, point, buffer))
+        self._model.run(arrays, outputs, batch, layout == "nhwc", threads, traces)
+        return outputs, [buffer for _, _, buffer in traces]
+
+    def intermediates(self) -> list[str]:
+        """The names that ``intermediates`` accepts."""
+        names = [name for node in self.nodes for name in (node.name, *node.steps)]
+        return list(dict.fromkeys(name for name in names if name))
+
+    def _point(self, name: str) -> tuple[int, int]:
+        """Where the output of a module stands: a node and a step of it, -1 being its sums."""
+        for number, node in enumerate(self.nodes):
+            if node.name == name and node.operation == "xnor":
+                return number, -1
+        for number, node in reversed(list(enumerate(self.nodes))):
+            for step in reversed(range(len(node.steps))):
+                if node.steps[step] == name:
+                    return number, step
+        for number, node in enumerate(self.nodes):
+            if node.name == name:
+                return number, -1
+        raise ConfigError(
+            f"no output of {name!r} stands anywhere in this network (it may be folded into another); "
+            f"{nearest(name, self.intermediates())}"
+        )
+
+
+class _Tensor(NamedTuple):
+    name: str
+    rank: int
+    size: tuple[int, int, int]
+
+    def shape(self, layout: Layout) -> tuple[int, ...]:
+        h, w, c = self.size
+        if layout == "nchw":
+            return {1: (c,), 2: (c, w), 3: (c, h, w)}[self.rank]
+        return {1: (c,), 2: (w, c), 3: (h, w, c)}[self.rank]
+
+    def info(self) -> TensorInfo:
+        return TensorInfo(self.name, self.shape("nchw"))
+
+
+def _array(x: Any, value: _Tensor, layout: Layout) -> Array:
+    if not isinstance(x, np.ndarray):
+        if hasattr(x, "__dlpack__"):
+            try:
+                x = np.from_dlpack(x.detach() if hasattr(x, "detach") else x)
+            except (BufferError, RuntimeError, TypeError, ValueError) as error:
+                raise ConfigError(f"an input could not be read in place: {error}; copy it to the CPU first.") from None
+        else:
+            raise ConfigError(f"an input must be an array, not {type(x).__name__}.")
+    shape = value.shape(layout)
+    if x.dtype != np.float32 or x.ndim != len(shape) + 1 or x.shape[1:] != shape:
+        raise ConfigError(
+            f"input {value.name!r} must be float32 of shape (N, {', '.join(map(str, shape))}) in layout {layout!r}, "
+            f"not {x.dtype} of shape {x.shape}."
+        )
+    return np.ascontiguousarray(x)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def load(path: str | os.PathLike[str]) -> Network:
+    """Load an .abste file, which stays mapped rather than being read into memory.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        FormatError: it cannot be opened, is no .abste file, damaged, malformed, or made for a newer version.
+    """
+    name = Path(path).name
+    try:
+        with open(path, "rb") as file:
+            data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    except (OSError, ValueError) as error:  # mmap raises the latter for an empty file
+        reason = error.strerror if isinstance(error, OSError) else "it is empty"
+        raise FormatError(f"cannot load {os.fspath(path)}: {reason}.") from None
+    return Network(data, name)

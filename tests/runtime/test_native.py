@@ -1,0 +1,96 @@
+"""The C runtime against the interpreter in numpy: the same bits, from other code."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from abste.deploy import format as abste_format
+from abste.deploy.graph import Graph, Op
+from abste.runtime.network import Network
+from abste.runtime.reference import run
+
+Build = Callable[[int], Graph]
+
+
+def loaded(graph: Graph) -> Network:
+    return Network(np.frombuffer(abste_format.write(graph), np.uint8), "a test")
+
+
+def image(graph: Graph, seed: int, batch: int) -> Any:
+    x = np.random.default_rng(seed).normal(size=(batch, *graph.values[0].shape)).astype(np.float32)
+    x[np.random.default_rng(seed).random(x.shape) < 0.05] = -0.0
+    return x
+
+
+def assert_same_bits(found: Any, wanted: Any, what: str) -> None:
+    assert found.dtype == wanted.dtype and found.shape == wanted.shape, what
+    number = np.isnan(wanted) if wanted.dtype == np.float32 else np.zeros(wanted.shape, bool)
+    same = (found.view(np.uint32) == np.ascontiguousarray(wanted).view(np.uint32)) | (number & np.isnan(found))
+    assert same.all(), f"{what}: {(~same).sum()} of {same.size} differ"
+
+
+@settings(max_examples=150)
+@given(seed=st.integers(0, 2**31), threads=st.sampled_from([1, 2]))
+def test_every_number_of_every_node(random_graph: Build, seed: int, threads: int) -> None:
+    graph = random_graph(seed)
+    x = image(graph, seed, 2)
+    result = run(graph, [x])
+    network = loaded(graph)
+    points = [(n, step) for n, node in enumerate(graph.nodes) for step in range(-1, len(node.steps))]
+    output, traced = network.trace(np.moveaxis(x, -1, 1), points, threads=threads)
+    for (n, step), found in zip(points, traced, strict=True):
+        wanted = np.asarray(result.points[n][step + 1])
+        assert_same_bits(found, wanted, f"node {n} ({graph.nodes[n].op.name}), step {step}")
+    last = graph.outputs()[0]
+    assert_same_bits(np.moveaxis(output, 1, -1), np.ascontiguousarray(result.values[last]), "output")
+
+
+def test_every_operation_and_step_is_among_them(random_graph: Build) -> None:
+    graphs = [random_graph(seed) for seed in range(300)]
+    assert {node.op for graph in graphs for node in graph.nodes} == set(Op)
+    kinds = {step.kind for graph in graphs for node in graph.nodes for step in node.steps}
+    assert len(kinds) == 17
+    assert any(node.weight is not None and node.weight.dtype == np.float16 for graph in graphs for node in graph.nodes)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 5])
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_layouts_batches_and_threads(random_graph: Build, batch: int, layout: Any) -> None:
+    graph = random_graph(3)
+    network = loaded(graph)
+    x = image(graph, 0, batch)
+    given = x if layout == "nhwc" else np.ascontiguousarray(np.moveaxis(x, -1, 1))
+    results = [network(given, layout=layout, threads=threads) for threads in (1, 2, 3)]
+    wanted = (
+        run(graph, [x]).values[graph.outputs()[0]] if batch else np.empty((0, *graph.values[graph.outputs()[0]].shape))
+    )
+    for result in results:
+        nhwc = result if layout == "nhwc" else np.moveaxis(result, 1, -1)
+        np.testing.assert_array_equal(nhwc, wanted)
+
+
+def test_many_threads_share_a_network(random_graph: Build) -> None:
+    graph = random_graph(5)
+    network = loaded(graph)
+    inputs = [np.moveaxis(image(graph, seed, 3), -1, 1).copy() for seed in range(4)]
+    wanted = [network(x, threads=1) for x in inputs]
+    wrong = []
+
+    def work(number: int) -> None:
+        for _ in range(50):
+            if not np.array_equal(network(inputs[number], threads=2), wanted[number], equal_nan=True):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
