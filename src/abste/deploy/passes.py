@@ -1,0 +1,163 @@
+"""Makes a graph smaller without changing what it computes: steps move into the nodes before them, sums become thresholds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+
+from abste.deploy import steps as step_functions
+from abste.deploy.graph import WITH_VALUE, Array, Graph, Kind, Node, Op, Step, StepKind
+
+_LINEAR = (StepKind.AFFINE, StepKind.MULTIPLY, StepKind.ADD)
+
+
+def simplify(graph: Graph) -> Graph:
+    """All passes, in their order. The graph is changed in place; the result is it, with values that nothing writes."""
+    fuse(graph)
+    for node in graph.nodes:
+        node.steps = merge_linear(node.steps)
+    remove_dead(graph)
+    for node in graph.nodes:
+        to_threshold(graph, node)
+    return graph
+
+
+def fuse(graph: Graph) -> None:
+    """Give the steps and the bits of identity nodes to the node that writes what they read."""
+    changed = True
+    while changed:
+        changed = False
+        remove_dead(graph)
+        readers = Counter(index for node in graph.nodes for index in node.read())
+        position = {index: number for number, node in enumerate(graph.nodes) for index in node.written()}
+        for number, node in enumerate(graph.nodes):
+            source = node.inputs[0]
+            if node.op is not Op.IDENTITY or source not in position:
+                continue
+            before = graph.nodes[position[source]]
+            shared = readers[source] > 1 or graph.values[source].output
+            if not node.steps and node.bits is not None and node.out is None:
+                _give_bits(graph, before, node.bits)
+                del graph.nodes[number]
+            elif not shared and before.bits is None:
+                needed = [position.get(index, -1) for index in node.read()[1:]]
+                at = number if max(needed, default=-1) > position[source] else position[source]
+                before.steps += node.steps
+                before.out, before.bits = node.out, node.bits
+                graph.nodes.remove(before) if at == number else None
+                if at == number:
+                    graph.nodes[number - 1] = before
+                else:
+                    del graph.nodes[number]
+            else:
+                continue
+            changed = True
+            break
+
+
+def _give_bits(graph: Graph, node: Node, bits: int) -> None:
+    """Let a node write the signs of its output, as this value or as one that it writes already."""
+    if node.bits is None:
+        node.bits = bits
+        return
+    for other in graph.nodes:
+        other.inputs = tuple(node.bits if index == bits else index for index in other.inputs)
+
+
+def merge_linear(steps: list[Step]) -> list[Step]:
+    """Neighbouring steps that multiply and add become one, computed in float64 and rounded once."""
+    merged: list[Step] = []
+    for step in steps:
+        if not (merged and step.kind in _LINEAR and merged[-1].kind in _LINEAR):
+            merged.append(step)
+            continue
+        a1, b1 = _coefficients(merged[-1])
+        a2, b2 = _coefficients(step)
+        merged[-1] = linear(a1 * a2, b1 * a2 + b2, step.name)
+    return merged
+
+
+def _coefficients(step: Step) -> tuple[Array, Array]:
+    assert step.a is not None
+    a = step.a.astype(np.float64)
+    if step.kind is StepKind.MULTIPLY:
+        return a, np.zeros_like(a)
+    if step.kind is StepKind.ADD:
+        return np.ones_like(a), a
+    assert step.b is not None
+    return a, step.b.astype(np.float64)
+
+
+def linear(a: Array, b: Array, name: str) -> Step:
+    """v a + b as the cheapest step; a and b are (c,) float64."""
+    if not b.any():
+        return Step(StepKind.MULTIPLY, name, a.astype(np.float32))
+    if (a == 1).all():
+        return Step(StepKind.ADD, name, b.astype(np.float32))
+    return Step(StepKind.AFFINE, name, a.astype(np.float32), b.astype(np.float32))
+
+
+def remove_dead(graph: Graph) -> None:
+    """Remove what nothing reads."""
+    read = set(graph.outputs())
+    kept = []
+    for node in reversed(graph.nodes):
+        if node.out not in read:
+            node.out = None
+        if node.bits not in read:
+            node.bits = None
+        if node.written():
+            read.update(node.read())
+            kept.append(node)
+    graph.nodes[:] = reversed(kept)
+
+
+def to_threshold(graph: Graph, node: Node) -> None:
+    """Replace the steps of an xnor node that writes bits alone by a bound on its integer sums, where that says the same.
+
+    The steps are evaluated, in the runtime's arithmetic, at every sum there can be, so that ties, negative and zero
+    factors come out as they would have. Where the sign of some channel changes more than once, the steps stay.
+    """
+    if node.op is not Op.XNOR or node.out is not None or node.bits is None or node.weight is None:
+        return
+    if any(step.kind in (*WITH_VALUE, StepKind.THRESHOLD) for step in node.steps):
+        return
+    channels, reach = node.weight.shape[0], int(np.prod(node.weight.shape[1:]))
+    sums = np.arange(-reach, reach + 1)
+    v: Array = np.broadcast_to(sums[:, None].astype(np.float32), (len(sums), channels))
+    for step in node.steps:
+        v = step_functions.apply(step, v)
+    positive = v >= 0
+    if ((positive[1:] != positive[:-1]).sum(0) > 1).any():
+        return
+    pairs = np.empty((channels, 2), np.int32)
+    for o in range(channels):
+        where = sums[positive[:, o]]
+        if len(where) == 0:
+            pairs[o] = 2**31 - 1, 1
+        elif len(where) == len(sums):
+            pairs[o] = -(2**31), 1
+        else:
+            pairs[o] = (where[0], 1) if positive[-1, o] else (-where[-1], -1)
+    name = node.steps[-1].name if node.steps else ""
+    node.steps = [Step(StepKind.THRESHOLD, name, pairs)]
+
+
+def to_half(graph: Graph) -> None:
+    """Store the weights of float convolutions in half precision, where they fit into it."""
+    for node in graph.nodes:
+        if node.op is Op.CONV and node.weight is not None and np.abs(node.weight).max(initial=0) < 65504:
+            node.weight = node.weight.astype(np.float16)
+
+
+def bits_of(graph: Graph, index: int) -> int:
+    """A new bits value with the signs of a float value, and the node that writes it; shared by all who ask."""
+    for node in graph.nodes:
+        if node.op is Op.IDENTITY and node.inputs == (index,) and not node.steps and node.bits is not None:
+            return node.bits
+    value = graph.values[index]
+    graph.values.append(replace(value, kind=Kind.BITS, output=False))
+    graph.nodes.append(Node(Op.IDENTITY, (index,), None, len(graph.values) - 1))
+    return len(graph.values) - 1
