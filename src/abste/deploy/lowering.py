@@ -255,8 +255,9 @@ def lower(
     if normalization is not None:
         graph.normalization = np.array(normalization, np.float32)
         if graph.normalization.shape != (2, graph.values[0].shape[2]):
+            channels = graph.values[0].shape[2]
             raise ConversionError(
-                f"normalization must be a mean and a standard deviation for each of {graph.values[0].shape[2]} channels."
+                f"normalization must be a mean and a standard deviation for each of {channels} channels."
             )
     graph.classes = None if classes is None else tuple(classes)
     graph.metadata = metadata
@@ -361,7 +362,8 @@ class _Lowering:
         size = _size(node.meta["val"].shape)
         if size is None:
             raise self.refuse(
-                f"its result has shape {tuple(node.meta['val'].shape)}; only (N, C, H, W), (N, C, L) and (N, C) are known."
+                f"its result has shape {tuple(node.meta['val'].shape)}; "
+                "only (N, C, H, W), (N, C, L) and (N, C) are known."
             )
         self.values.append(Value(shape or size[0], Kind.FLOAT, size[1], node.name))
         if shape is None:
@@ -448,8 +450,8 @@ class _Lowering:
         handler = _HANDLERS.get(name.rstrip("_") if in_place else name)
         if handler is None:
             raise self.refuse(
-                "the packed format has no such operation; replace it by one that it has (docs/format.md), or leave this "
-                "part out of the exported model."
+                "the packed format has no such operation; replace it by one that it has (docs/format.md), or leave "
+                "this part out of the exported model."
             )
         schema = cast(Any, node.target)._schema
         arguments = {
@@ -479,7 +481,7 @@ class _Lowering:
 
     def finish(self, node: fx.Node) -> None:
         self.current = node
-        results = [result for result in fx.node.map_arg(node.args[0], lambda n: n) if isinstance(result, fx.Node)]
+        results = [result for result in cast("tuple[Any, ...]", node.args[0]) if isinstance(result, fx.Node)]
         if not results:
             raise ConversionError("this model returns no tensor that depends on its input.")
         for result in results:
@@ -567,8 +569,8 @@ def _convolution(low: _Lowering, node: fx.Node, arguments: dict[str, Any]) -> No
 def _linear(low: _Lowering, node: fx.Node, arguments: dict[str, Any]) -> None:
     if node.meta["val"].dim() != 2:
         raise low.refuse(
-            f"its input has shape {tuple(arguments['input'].meta['val'].shape)}; a linear layer takes (N, features) here: "
-            "flatten first, or use a 1x1 convolution."
+            f"its input has shape {tuple(arguments['input'].meta['val'].shape)}; a linear layer takes (N, features) "
+            "here: flatten first, or use a 1x1 convolution."
         )
     weight = _weights(low, node, arguments["weight"])
     made = low.emit(node, Op.CONV, (low.value(arguments["input"]),), weight=np.ascontiguousarray(weight.T)[None, None])
@@ -655,10 +657,10 @@ def _clamp(low: _Lowering, node: fx.Node, arguments: dict[str, Any]) -> None:
     if "relu6" in str(node.target):
         p, q = 0.0, 6.0
     else:
-        p, q = (arguments.get(f"{end}_val", arguments.get(end)) for end in ("min", "max"))
-        if any(isinstance(limit, fx.Node) for limit in (p, q)):
+        least, most = (arguments.get(f"{end}_val", arguments.get(end)) for end in ("min", "max"))
+        if isinstance(least, fx.Node) or isinstance(most, fx.Node):
             raise low.refuse("its limits are tensors; use numbers.")
-        p, q = -math.inf if p is None else float(p), math.inf if q is None else float(q)
+        p, q = -math.inf if least is None else float(least), math.inf if most is None else float(most)
     if not p <= q:
         raise low.refuse(f"its limits {p:g} and {q:g} are in the wrong order.")
     # The limits as float32 holds them, so that files compare.
@@ -731,8 +733,8 @@ def _combine(low: _Lowering, node: fx.Node, kind: str, left: fx.Node, right: fx.
         shape = low.values[second].shape
     if low.values[first].shape != size[0] or shape not in (size[0], (1, 1, size[0][2])):
         raise low.refuse(
-            f"it combines {tuple(left.meta['val'].shape)} and {tuple(right.meta['val'].shape)}; only equal shapes, and one "
-            "number per channel and image, are known."
+            f"it combines {tuple(left.meta['val'].shape)} and {tuple(right.meta['val'].shape)}; only equal shapes, and "
+            "one number per channel and image, are known."
         )
     step = Step(StepKind.MULTIPLY_VALUE if kind == "mul" else StepKind.ADD_VALUE, low.name_of(node), value=second)
     low.emit(node, Op.IDENTITY, (first,), steps=[step]).name = ""

@@ -1,4 +1,4 @@
-"""Makes a graph smaller without changing what it computes: steps move into the nodes before them, sums become thresholds."""
+"""Makes a graph smaller and computes the same: steps move into the nodes before them, sums become thresholds."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def remove_dead(graph: Graph) -> None:
 
 
 def to_threshold(graph: Graph, node: Node) -> None:
-    """Replace the steps of an xnor node that writes bits alone by a bound on its integer sums, where that says the same.
+    """Replace the steps of an xnor node that writes bits alone by a bound on its sums, where that says the same.
 
     The steps are evaluated, in the runtime's arithmetic, at every sum there can be, so that ties, negative and zero
     factors come out as they would have. Where the sign of some channel changes more than once, the steps stay.
