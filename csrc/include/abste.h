@@ -83,11 +83,12 @@ typedef struct {
 } abste_value_info;
 
 /* A node: the module it came from, the operation, and sizes. `weight_bits` is 1, 16, 32 or 0; `weight_count` counts weights;
- * `macs` are multiply-accumulates for one image, padding included. `out` is the value it writes (its float one if both). */
+ * `macs` are multiply-accumulates for one image, padding included; `work` are those, or the numbers that a window of a pool
+ * reads, or the numbers written: a measure of how long it takes. `out` is the value it writes (its float one if both). */
 typedef struct {
     const char *name, *operation;
     uint32_t out, step_count, weight_bits, weight_count;
-    uint64_t macs;
+    uint64_t macs, work;
 } abste_node_info;
 
 ABSTE_API uint32_t abste_input_count(const abste_model *model);

@@ -9,6 +9,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -175,7 +176,7 @@ class Model {
         return list;
     }
 
-    // (name, operation, shape of what it writes, names of its steps, bits of a weight, weights, macs)
+    // (name, operation, shape of what it writes, names of its steps, bits of a weight, weights, macs, work)
     nb::list nodes() const {
         nb::list list;
         for (uint32_t i = 0; i < abste_node_count(&model_); ++i) {
@@ -183,9 +184,9 @@ class Model {
             abste_node(&model_, i, &info);
             nb::list steps;
             for (uint32_t step = 0; step < info.step_count; ++step)
-                steps.append(nb::str(abste_step_name(&model_, i, step)));
-            list.append(nb::make_tuple(nb::str(info.name), nb::str(info.operation), value(info.out), nb::tuple(steps),
-                                       info.weight_bits, info.weight_count, info.macs));
+                steps.append(text(abste_step_name(&model_, i, step)));
+            list.append(nb::make_tuple(text(info.name), nb::str(info.operation), value(info.out), nb::tuple(steps),
+                                       info.weight_bits, info.weight_count, info.macs, info.work));
         }
         return list;
     }
@@ -311,7 +312,12 @@ class Model {
     nb::tuple value(uint32_t index) const {
         abste_value_info info;
         abste_value(&model_, index, &info);
-        return nb::make_tuple(nb::str(info.name), info.rank, nb::make_tuple(info.h, info.w, info.c));
+        return nb::make_tuple(text(info.name), info.rank, nb::make_tuple(info.h, info.w, info.c));
+    }
+
+    // A name of the file, which need not be UTF-8.
+    static nb::object text(const char *name) {
+        return nb::steal(PyUnicode_DecodeUTF8(name, static_cast<Py_ssize_t>(std::strlen(name)), "replace"));
     }
 
     Bytes data_; // keeps the file's memory alive

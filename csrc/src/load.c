@@ -468,6 +468,12 @@ int abste_node(const abste_model *model, uint32_t i, abste_node_info *info) {
         info->weight_count = blob->count;
         info->macs = (uint64_t)blob->count * out->h * out->w;
     }
+    /* A window reads no more than there is, and what there is fits into the arena: neither product overflows. */
+    const abste_value_record *in = value_at(model, node->in0);
+    const uint64_t written = (uint64_t)out->h * out->w * out->c;
+    const uint64_t rows = node->kernel[0] < in->h ? node->kernel[0] : in->h;
+    const uint64_t columns = node->kernel[1] < in->w ? node->kernel[1] : in->w;
+    info->work = info->macs > written * rows * columns ? info->macs : written * rows * columns;
     return 0;
 }
 

@@ -236,7 +236,7 @@ def read(data: bytes | memoryview) -> Graph:
         )
     except FormatError:
         raise
-    except (ValueError, IndexError, TypeError, KeyError) as error:  # an unknown kind, a shape that does not fit
+    except (ValueError, IndexError, TypeError, KeyError, RecursionError) as error:  # an unknown kind, a shape that does not fit
         raise FormatError(f"this .abste file is malformed ({error}).") from error
     if sum(len(node.steps) for node in nodes) != len(steps):
         raise FormatError("this .abste file has steps that belong to no node.")

@@ -40,7 +40,8 @@ def describe(network: Network) -> str:
     lines.append(f"arena    {network.arena_bytes:,} bytes of working memory for an image")
     lines.append("repack   0 bytes: the reference kernels read the weights in place")
     lines += [f"{key:8} {value}" for key, value in network.metadata.items() if isinstance(value, str | int | float)]
-    return "\n".join(lines)
+    # Names come from the file: what a terminal would obey rather than show is replaced.
+    return "\n".join("".join(char if char.isprintable() else "\ufffd" for char in line) for line in lines)
 
 
 def _shapes(values: tuple[TensorInfo, ...]) -> str:

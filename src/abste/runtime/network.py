@@ -20,6 +20,10 @@ Layout = Literal["nchw", "nhwc"]
 MAX_ARENA = 2**30
 """Bytes of working memory beyond which :func:`load` refuses a file."""
 
+MAX_WORK = 10**12
+"""Multiply-accumulates and comparisons for one image beyond which :func:`load` refuses a file: a small file can ask for
+years of honest work. A ResNet-152 has 10**10."""
+
 
 class TensorInfo(NamedTuple):
     """An input, an output, or what a node writes.
@@ -83,13 +87,20 @@ class Network:
                 f"{name}: the network asks for {self.arena_bytes / 2**20:,.0f} MiB of working memory, more than "
                 f"{MAX_ARENA / 2**20:,.0f}; set abste.runtime.network.MAX_ARENA if you trust the file."
             )
+        records = self._model.nodes
+        work = sum(record[7] for record in records)
+        if work > MAX_WORK:
+            raise FormatError(
+                f"{name}: the network asks for {work:.0e} operations for each image, more than {MAX_WORK:.0e}; set "
+                "abste.runtime.network.MAX_WORK if you trust the file."
+            )
         self._inputs = [_Tensor(*value) for value in self._model.inputs]
         self._outputs = [_Tensor(*value) for value in self._model.outputs]
         self.inputs = tuple(value.info() for value in self._inputs)
         self.outputs = tuple(value.info() for value in self._outputs)
         self._written = []
         nodes = []
-        for node_name, operation, value, steps, bits, weights, macs in self._model.nodes:
+        for node_name, operation, value, steps, bits, weights, macs, _ in records:
             self._written.append(_Tensor(*value))
             shape = self._written[-1].info().shape
             nodes.append(NodeInfo(node_name, operation, shape, steps, bits, weights, macs))
@@ -102,7 +113,7 @@ class Network:
         if self._model.metadata is not None:
             try:
                 metadata = json.loads(self._model.metadata)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise FormatError(f"{name}: its metadata is not JSON ({error}).") from None
             self.metadata = metadata if isinstance(metadata, dict) else {}
 
@@ -253,10 +264,11 @@ def load(path: str | os.PathLike[str]) -> Network:
     """Load an .abste file, which stays mapped rather than being read into memory.
 
     Args:
-        path: of the file.
+        path: of the file. Replace it, as `abste export` does, rather than writing into it while it is loaded.
 
     Raises:
-        FormatError: it cannot be opened, is no .abste file, damaged, malformed, or made for a newer version.
+        FormatError: it cannot be opened, is no .abste file, damaged, malformed, made for a newer version, or asks for
+            more memory or work than ``MAX_ARENA`` and ``MAX_WORK``.
     """
     name = Path(path).name
     try:

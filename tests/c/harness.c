@@ -1,0 +1,96 @@
+/* Loads and runs files under the sanitizers. For each: a line with the status, the place at fault and the message; for one
+ * that loads, what abste_run says of it, of too small an arena and of an unaligned one, and its outputs as hexadecimal words.
+ *
+ *     harness [--skip-checksum] FILE...
+ */
+#include "abste.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define MOST_ARENA (1u << 24)
+#define MOST_WORK 20000000u
+
+/* A file in memory of just its size, so that a read beyond it is seen. */
+static uint8_t *read_file(const char *path, size_t *size) {
+    FILE *file = fopen(path, "rb");
+    if (!file)
+        exit(2);
+    uint8_t *data = NULL;
+    size_t room = *size = 0;
+    for (;;) {
+        if (*size == room)
+            data = realloc(data, room = 2 * room + 4096);
+        const size_t got = fread(data + *size, 1, room - *size, file);
+        if (!got)
+            break;
+        *size += got;
+    }
+    fclose(file);
+    return realloc(data, *size ? *size : 1);
+}
+
+static size_t numbers(const abste_model *model, uint32_t value) {
+    abste_value_info info;
+    return abste_value(model, value, &info) ? 0 : (size_t)info.h * info.w * info.c;
+}
+
+static uint64_t work(const abste_model *model) {
+    uint64_t sum = 0;
+    abste_node_info node;
+    for (uint32_t i = 0; abste_node(model, i, &node) == 0; ++i)
+        sum += node.work < MOST_WORK ? node.work : MOST_WORK;
+    return sum;
+}
+
+static void run(const abste_model *model) {
+    const uint32_t ins = abste_input_count(model), outs = abste_output_count(model);
+    float **buffers = calloc(ins + outs, sizeof *buffers);
+    for (uint32_t i = 0; i < ins + outs; ++i) {
+        const size_t count = numbers(model, i < ins ? i : abste_output(model, i - ins));
+        buffers[i] = malloc(count * sizeof(float));
+        for (size_t k = 0; k < count; ++k)
+            buffers[i][k] = (float)((int)(k * 2654435761u % 1000) - 500) / 128.0f;
+    }
+    const size_t bytes = abste_arena_bytes(model);
+    void *arena = aligned_alloc(64, bytes + 64);
+    abste_run_arguments arguments = {.arena = arena, .arena_bytes = bytes, .inputs = (const float *const *)buffers,
+                                     .outputs = buffers + ins, .layout = ABSTE_NHWC};
+    printf("run %d\n", (int)abste_run(model, &arguments));
+    arguments.arena_bytes = bytes - 1;
+    printf("small %d\n", (int)abste_run(model, &arguments));
+    arguments.arena_bytes = bytes;
+    arguments.arena = (char *)arena + 4;
+    printf("unaligned %d\n", (int)abste_run(model, &arguments));
+    for (uint32_t i = 0; i < outs; ++i)
+        for (size_t k = 0, count = numbers(model, abste_output(model, i)); k < count; ++k) {
+            uint32_t word;
+            memcpy(&word, &buffers[ins + i][k], sizeof word);
+            printf("%08x%c", word, k + 1 < count ? ' ' : '\n');
+        }
+    for (uint32_t i = 0; i < ins + outs; ++i)
+        free(buffers[i]);
+    free(buffers);
+    free(arena);
+}
+
+int main(int argc, char **argv) {
+    uint32_t flags = 0;
+    for (int i = 1; i < argc; ++i) {
+        if (!strcmp(argv[i], "--skip-checksum")) {
+            flags = ABSTE_SKIP_CHECKSUM;
+            continue;
+        }
+        size_t size;
+        uint8_t *data = read_file(argv[i], &size);
+        abste_model model;
+        uint32_t where;
+        const abste_status status = abste_load(&model, data, size, flags, &where);
+        printf("status %d %u %s\n", (int)status, (unsigned)where, abste_message(status));
+        if (status == ABSTE_OK && abste_arena_bytes(&model) <= MOST_ARENA && work(&model) <= MOST_WORK)
+            run(&model);
+        free(data);
+    }
+    return 0;
+}
