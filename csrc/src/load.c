@@ -96,7 +96,7 @@ static abste_status check_value(const abste_model *model, uint32_t i) {
         return ABSTE_ERROR_VALUE;
     if (value->h - 1 > 65534 || value->w - 1 > 65534 || value->c - 1 > (1u << 24) - 1)
         return ABSTE_ERROR_VALUE;
-    if (value->rank - 1 > 2 || (value->rank < 3 && value->h != 1) || (value->rank < 2 && value->w != 1))
+    if (value->rank < 1 || value->rank > 3 || (value->rank < 3 && value->h != 1) || (value->rank < 2 && value->w != 1))
         return ABSTE_ERROR_VALUE;
     if (value->offset % 64 || value->offset + bytes_of(value) > model->arena_bytes)
         return ABSTE_ERROR_VALUE;
@@ -107,16 +107,19 @@ static int same_size(const abste_value_record *a, const abste_value_record *b) {
     return a->h == b->h && a->w == b->w && a->c == b->c;
 }
 
-/* Does a window that slides over `size` give `count` positions? Pooling may have one more (ceil_mode). */
+/* Does a window that slides over `size` give `count` positions? Pooling may round up (ceil_mode). */
 static int window_fits(uint32_t size, uint32_t count, uint32_t kernel, uint32_t stride, uint32_t dilation, uint32_t before,
                        uint32_t after, int pool) {
     const int64_t extent = (int64_t)dilation * (kernel - 1) + 1;
     const int64_t room = (int64_t)size + before + after - extent;
     if (pool && (before >= extent || after >= extent))
         return 0;
-    if (room >= 0 && (int64_t)count == room / stride + 1)
-        return !pool || (int64_t)(count - 1) * stride - before < (int64_t)size;
-    return pool && room >= 0 && (int64_t)count == room / stride + 2 && (int64_t)(count - 1) * stride - before < (int64_t)size;
+    if (!pool)
+        return room >= 0 && (int64_t)count == room / stride + 1;
+    if ((int64_t)(count - 1) * stride - before >= (int64_t)size) /* the last window would lie in the padding behind */
+        return 0;
+    const int64_t up = room + stride - 1; /* at least 0 wherever one window fits, if only in part */
+    return (room >= 0 && (int64_t)count == room / stride + 1) || (up >= 0 && (int64_t)count == up / stride + 1);
 }
 
 static abste_status check_step(const abste_model *model, const abste_node_record *node, uint32_t written, uint32_t i) {

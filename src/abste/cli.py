@@ -330,7 +330,8 @@ def _export(arguments: argparse.Namespace) -> int:
         float16=arguments.float16,
     )
     print(exported)
-    print(f"\n{arguments.file}: {exported.file_bytes:,} bytes")
+    print(f"\nwrote {arguments.file}")
+    _hint_at_data(arguments, exported.checks)
     return 0
 
 
@@ -353,7 +354,13 @@ def _verify(arguments: argparse.Namespace) -> int:
         images=arguments.images,
     )
     print("\n\n".join(map(str, checks)))
+    _hint_at_data(arguments, checks)
     return 0 if all(check.passed for check in checks) else 1
+
+
+def _hint_at_data(arguments: argparse.Namespace, checks: Sequence[Any]) -> None:
+    if not any(getattr(check, "labelled", 0) for check in checks):
+        print(f"(verified on random images alone; add --data DIR to use those of {arguments.run_directory} too)")
 
 
 def _predict(arguments: argparse.Namespace) -> int:

@@ -187,6 +187,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "empty value": (patched(VALUES_AT + 4, "I", 0), "VALUE"),
     "value beyond the arena": (patched(VALUES_AT + 16, "I", 2**32 - 64), "VALUE"),
     "value of an unknown kind": (patched(VALUES_AT, "B", 2), "VALUE"),
+    "value of rank 0": (patched(VALUES_AT + 4 * 32 + 2, "B", 0), "VALUE"),
     "no output": (packed(lambda g: setattr(g.values[4], "output", False)), "VALUE"),
     "name outside the strings": (patched(VALUES_AT + 20, "I", 2**32 - 1), "STRING"),
     "overlapping values": (packed(lambda g: setattr(g.values[3], "offset", g.values[1].offset)), "OVERLAP"),
@@ -244,7 +245,7 @@ def test_the_untouched_file_loads(harness: Callable[..., list[str]], tmp_path: P
         (
             [(4096, 4096, 16), (4096, 4096, 16)],
             Node(Op.IDENTITY, (0,), 1),
-            "2,048 MiB of working memory, more than 1,024",
+            "2,147,483,648 bytes of working memory, more than 1,073,741,824",
         ),
         ([(4096, 4096, 1), (2049, 2049, 1)], Node(Op.MAX_POOL, (0,), 1, kernel=(2048, 2048)), "2e\\+13 operations"),
     ],

@@ -81,7 +81,8 @@ class Builder:
                 if op in (Op.MAX_POOL, Op.AVERAGE_POOL):
                     if (count - 1) * node.stride[i] - node.padding[i] >= size:
                         return
-                    if count * node.stride[i] - node.padding[i] < size and rng.random() < 0.5:
+                    rest = room % node.stride[i]
+                    if rest and count * node.stride[i] - node.padding[i] < size and rng.random() < 0.5:
                         count += 1  # as with ceil_mode
                 sides.append(count)
             shape = (sides[0], sides[1], c)

@@ -9,7 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from abste.deploy import format as abste_format
 from abste.deploy.graph import Graph, Kind, Node, Op, Step, StepKind, Value
+from abste.deploy.plan import plan
+from abste.runtime.network import Network
 from abste.runtime.reference import run
 
 
@@ -100,6 +103,22 @@ def test_pools(
     )
     found = run_node(node, x, (*wanted.shape[1:], 3))
     np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "kernel", "stride"), [(1, 2, 2), (2, 3, 2), (3, 5, 3), (5, 2, 2)])
+@pytest.mark.parametrize("average", [False, True])
+def test_a_window_larger_than_the_image(average: bool, size: int, kernel: int, stride: int) -> None:
+    """With ceil_mode: both readers take it, and give what PyTorch does."""
+    x = torch.randn(1, 2, size, 7)
+    pool = F.avg_pool2d if average else F.max_pool2d
+    wanted = pool(x, (kernel, 1), (stride, 1), ceil_mode=True)
+    node = Node(Op.AVERAGE_POOL if average else Op.MAX_POOL, (0,), 1, kernel=(kernel, 1), stride=(stride, 1))
+    values = [Value((size, 7, 2)), Value((wanted.shape[2], 7, 2), output=True)]
+    graph = plan(Graph(values, [node]))
+    (found,) = run(graph, [x[0].permute(1, 2, 0).numpy()]).values[1:]
+    np.testing.assert_allclose(found, wanted[0].permute(1, 2, 0).numpy(), rtol=1e-6)
+    network = Network(np.frombuffer(abste_format.write(graph), np.uint8), "pool")
+    np.testing.assert_array_equal(network(x)[0].transpose(1, 2, 0), found)
 
 
 def test_maximum_of_nan_is_nan() -> None:

@@ -35,6 +35,8 @@ _DTYPES: dict[int, np.dtype[Any]] = {
     TEXT: np.dtype("u1"),
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
+# An unknown kind, a shape that does not fit, metadata that is no JSON.
+_MALFORMED = (ValueError, IndexError, TypeError, KeyError, RecursionError)
 
 
 def _up(size: int) -> int:
@@ -236,7 +238,7 @@ def read(data: bytes | memoryview) -> Graph:
         )
     except FormatError:
         raise
-    except (ValueError, IndexError, TypeError, KeyError, RecursionError) as error:  # an unknown kind, a shape that does not fit
+    except _MALFORMED as error:
         raise FormatError(f"this .abste file is malformed ({error}).") from error
     if sum(len(node.steps) for node in nodes) != len(steps):
         raise FormatError("this .abste file has steps that belong to no node.")
@@ -245,6 +247,8 @@ def read(data: bytes | memoryview) -> Graph:
 
 def _read_value(fields: tuple[int, ...], reader: _Reader) -> Value:
     kind, flags, rank, h, w, c, offset, name = fields
+    if not 1 <= rank <= 3:
+        raise FormatError(f"a value of this .abste file has rank {rank}; it must be 1, 2 or 3.")
     return Value((h, w, c), Kind(kind), rank, reader.string(name), bool(flags & 1), offset)
 
 

@@ -4,22 +4,55 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from abste.deploy import format as abste_format
-from abste.deploy.lowering import lower
-from abste.deploy.verification import Verification, random_batches, verify
+from abste.deploy.graph import Graph
+from abste.deploy.lowering import PackReport, lower
+from abste.deploy.verification import Constants, Verification, compare_constants, random_batches, verify
 from abste.errors import ConversionError
 from abste.nn.layers import BINARY_LAYERS
 from abste.train.files import write_atomic
 
 Batch = tuple[Tensor, Tensor | None]
+Data = tuple[str, Iterable[Batch]]
+Check = Constants | Verification
+
+
+@dataclass
+class Rounding:
+    """What storing float weights in half precision does to a model.
+
+    Attributes:
+        source: the images, in words.
+        images: how many.
+        agreement: with the same most likely class before and after.
+        difference: the largest between logits, as a fraction of an image's largest logit.
+        labelled: images whose class is known.
+        correct: how many of these the model gets right, before and after.
+    """
+
+    source: str
+    images: int = 0
+    agreement: int = 0
+    difference: float = 0.0
+    labelled: int = 0
+    correct: tuple[int, int] = (0, 0)
+
+    def __str__(self) -> str:
+        text = f"half precision changes logits by at most {self.difference:.1e} of the largest"
+        text += f", and the most likely class in {self.images - self.agreement:,} of {self.images:,} images"
+        if self.labelled:
+            before, after = (count / self.labelled for count in self.correct)
+            text += f"; accuracy {before:.2%} before, {after:.2%} after ({after - before:+.2%})"
+        return f"{text} ({self.source})"
 
 
 @dataclass
@@ -28,16 +61,27 @@ class Export:
 
     Attributes:
         report: what was packed and what stayed float, and the sizes.
-        checks: one verification per source of images, all passed.
+        checks: the constants and one verification per source of images, all passed.
         file_bytes: size of the file.
+        rounding: what half precision changed, per source of images; empty without it.
     """
 
-    report: Any
-    checks: list[Verification]
+    report: PackReport
+    checks: list[Check]
     file_bytes: int
+    rounding: list[Rounding]
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller the file is than the model's float32 state dict."""
+        return self.report.float_bytes / self.file_bytes
 
     def __str__(self) -> str:
-        return "\n\n".join(map(str, [self.report, *self.checks]))
+        size = (
+            f"{self.file_bytes:,} bytes, {self.ratio:.1f} times smaller than the float32 state dict "
+            f"({self.report.float_bytes:,} bytes)"
+        )
+        return "\n\n".join([*map(str, [self.report, *self.checks, *self.rounding]), size])
 
 
 def export(
@@ -49,7 +93,8 @@ def export(
     normalization: tuple[Sequence[float], Sequence[float]] | None = None,
     metadata: dict[str, Any] | None = None,
     float16: bool = False,
-    data: tuple[str, Iterable[Batch]] | None = None,
+    data: Data | None = None,
+    kept_float: Mapping[str, str] | None = None,
 ) -> Export:
     """Lower, pack and verify a model, and write it to an .abste file.
 
@@ -61,7 +106,9 @@ def export(
         normalization: mean and standard deviation per channel, of pixels between 0 and 1.
         metadata: what else the file shall say of itself, as JSON types.
         float16: store the weights that stay float in half precision.
-        data: (what it is, batches of images and labels) to verify on, besides random images.
+        data: (what it is, batches of images and labels) to verify on, besides random images. Images are float32,
+            normalised as in training; labels may be None. It is gone through more than once, as a DataLoader can be.
+        kept_float: why layers stayed float, by name: ``ConversionReport.kept_float`` of :func:`abste.convert`.
 
     Returns:
         What was done.
@@ -70,6 +117,8 @@ def export(
         ConversionError: the model cannot be lowered, or the file does not compute what the model does.
         RunError: the file cannot be written.
     """
+    if metadata is None and float16:
+        metadata = {"float16": True}  # so that the file says it, and can be verified
     lowered = lower(
         model,
         example_input,
@@ -78,13 +127,20 @@ def export(
         metadata=metadata,
         float16=float16,
     )
+    for layer in lowered.report.layers:
+        if layer.packed == "float" and layer.name in (kept_float or {}):
+            layer.why = (kept_float or {})[layer.name] + (", float16" if float16 else "")
     file = abste_format.write(lowered.graph)
-    checks = verify_file(model, file, example_input, float16=float16, data=data)
+    checks = verify_file(model, file, example_input, float16=float16, data=data, graph=lowered.graph)
     for check in checks:
         if not check.passed:
             raise ConversionError(f"the packed network is not the model, and was not written:\n{check}")
+    rounding = []
+    if float16:
+        noise = "Gaussian noise", random_batches(tuple(example_input.shape[1:]))
+        rounding = [_rounding(model, *source) for source in (noise, data) if source is not None]
     write_atomic(Path(path), file)
-    return Export(lowered.report, checks, len(file))
+    return Export(lowered.report, checks, len(file), rounding)
 
 
 def verify_file(
@@ -93,17 +149,30 @@ def verify_file(
     example_input: Tensor,
     *,
     float16: bool = False,
-    data: tuple[str, Iterable[Batch]] | None = None,
-) -> list[Verification]:
-    """Verify a packed network on random images, and on data where it is given.
+    data: Data | None = None,
+    graph: Graph | None = None,
+) -> list[Check]:
+    """Verify a packed network: its constants, what it computes for random images, and for data where it is given.
 
-    With ``float16`` it must equal the model whose float weights are rounded likewise.
+    Args:
+        model: the model it was made from.
+        file: the bytes of the file.
+        example_input: (N, ...) float32, for the shapes.
+        float16: the file's float weights are in half precision: it must equal the model with its weights rounded.
+        data: see :func:`export`.
+        graph: what lowering gives, where it is known.
+
+    Raises:
+        ConversionError: the model cannot be lowered.
+        FormatError: the file is malformed.
     """
     model = copy.deepcopy(model).eval().float().cpu()
+    if graph is None:
+        graph = lower(model, example_input, float16=float16).graph
     if float16:
         round_to_half(model)
-    shape = tuple(example_input.shape[1:])
-    checks = [verify(model, file, random_batches(shape), "Gaussian noise")]
+    checks: list[Check] = [compare_constants(abste_format.read(np.frombuffer(file, np.uint8).data), graph)]
+    checks.append(verify(model, file, random_batches(tuple(example_input.shape[1:])), "Gaussian noise"))
     if data is not None:
         source, batches = data
         checks.append(verify(model, file, batches, source))
@@ -116,5 +185,26 @@ def round_to_half(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):
             binary = isinstance(module, BINARY_LAYERS) and module.weight_binarizer is not None
-            if not binary:
+            if not binary and module.weight.abs().max() < 65504:
                 module.weight.copy_(module.weight.half().float())
+
+
+@torch.no_grad()
+def _rounding(model: nn.Module, source: str, batches: Iterable[Batch]) -> Rounding:
+    """Compare a model with itself, its float weights rounded to half precision."""
+    before = copy.deepcopy(model).eval().float().cpu()
+    after = copy.deepcopy(before)
+    round_to_half(after)
+    found = Rounding(source)
+    correct = [0, 0]
+    for images, labels in batches:
+        a, b = before(images).flatten(1), after(images).flatten(1)
+        largest = a.abs().amax(1).clamp(min=1e-30)
+        found.difference = max(found.difference, float(((a - b).abs().amax(1) / largest).max()))
+        found.agreement += int((a.argmax(1) == b.argmax(1)).sum())
+        found.images += len(images)
+        if labels is not None:
+            found.labelled += len(labels)
+            correct = [n + int((y.argmax(1) == labels).sum()) for n, y in zip(correct, (a, b), strict=True)]
+    found.correct = (correct[0], correct[1])
+    return found

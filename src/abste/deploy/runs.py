@@ -7,15 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
-from abste.data import available, describe
+from abste.data import ImageData, available, describe
 from abste.deploy import format as abste_format
-from abste.deploy.packing import Batch, Export, export, verify_file
-from abste.deploy.verification import Verification
+from abste.deploy.packing import Batch, Check, Data, Export, export, verify_file
 from abste.errors import ConfigError, DataError, FormatError
 from abste.train.recipe import Recipe
-from abste.train.run import RunDirectory, evaluation_batches, example_input, load_data, load_run
+from abste.train.run import RunDirectory, build_model, evaluation_batches, example_input, load_data, load_run
 
 EXPORT_IMAGES = 1000
 """Images of the data that an export is verified on; `abste verify` takes all."""
@@ -64,7 +62,8 @@ def export_run(
         normalization=None if known is None else (known.mean, known.std),
         metadata=metadata,
         float16=float16,
-        data=_data(recipe, data_root, EXPORT_IMAGES),
+        data=_data(recipe, data_root, None if float16 else EXPORT_IMAGES),
+        kept_float=build_model(recipe)[1].kept_float,
     )
 
 
@@ -75,8 +74,8 @@ def verify_run(
     *,
     averaged: bool = False,
     images: int | None = None,
-) -> list[Verification]:
-    """Verify an .abste file against a run: on random images, and on its test data where that is found.
+) -> list[Check]:
+    """Verify an .abste file against a run: its constants, on random images, and on its test data where that is found.
 
     Args:
         path: the run directory.
@@ -108,7 +107,23 @@ def verify_run(
     )
 
 
-def _data(recipe: Recipe, root: str | Path | None, images: int | None) -> tuple[str, Iterator[Batch]] | None:
+class _Images:
+    """Evaluation images in batches, as often as they are wanted."""
+
+    def __init__(self, images: ImageData, count: int, recipe: Recipe) -> None:
+        self.images, self.count, self.recipe = images, count, recipe
+
+    def __iter__(self) -> Iterator[Batch]:
+        left = self.count
+        for inputs, labels in evaluation_batches(self.images, self.recipe, "cpu").epoch(0):
+            for start in range(0, len(inputs), 100):  # what is kept of every layer is large
+                if left > 0:
+                    part = slice(start, min(start + 100, start + left))
+                    yield inputs[part].contiguous(), labels[part]
+                    left -= len(labels[part])
+
+
+def _data(recipe: Recipe, root: str | Path | None, images: int | None) -> Data | None:
     """The test images of a recipe, where they are at hand, and what to call them."""
     if root is None and recipe.data.name not in _EMBEDDED:
         return None
@@ -118,14 +133,4 @@ def _data(recipe: Recipe, root: str | Path | None, images: int | None) -> tuple[
         raise DataError(f"data set '{recipe.data.name}' has no images to verify on.")
     which = "all" if count == len(evaluation) else f"the first {count:,}"
     source = f"{which} of the {len(evaluation):,} {split.replace('_', '-')} images of {recipe.data.name}"
-
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        left = count
-        for inputs, labels in evaluation_batches(evaluation, recipe, "cpu").epoch(0):
-            for start in range(0, len(inputs), 100):  # what is kept of every layer is large
-                if left > 0:
-                    part = slice(start, min(start + 100, start + left))
-                    yield inputs[part].contiguous(), labels[part]
-                    left -= len(labels[part])
-
-    return source, batches()
+    return source, _Images(evaluation, count, recipe)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,73 @@ from abste.runtime.reference import run as run_reference
 TOLERANCE = 1e-5
 """How far from zero, in RMS of its channel, a number may lie whose sign differs; and how far logits may differ, in the
 largest logit."""
+
+
+@dataclass
+class Constants:
+    """The numbers in a file, beside those that lowering the model gives.
+
+    What a network computes for some images need not show a wrong number: a threshold may be one that none of their
+    sums meets.
+
+    Attributes:
+        comparable: whether the file has the nodes and steps that this version's lowering gives; else its numbers
+            are only tested by what they do.
+        compared: weights, factors and thresholds that were compared.
+        differences: where numbers differ, one line each.
+    """
+
+    comparable: bool = True
+    compared: int = 0
+    differences: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether none differs."""
+        return not self.differences
+
+    def __str__(self) -> str:
+        if not self.comparable:
+            return "constants not compared: the file has other nodes or steps than this version of abste makes"
+        if self.passed:
+            return f"passed: {self.compared:,} constants of the file are those of the model"
+        return "\n".join([f"FAILED: {self.compared:,} constants compared, and there differ", *self.differences])
+
+
+def compare_constants(found: Graph, wanted: Graph) -> Constants:
+    """Compare every weight, factor, bias and threshold of two graphs, bit by bit."""
+    result = Constants()
+
+    def shape(graph: Graph) -> list[Any]:
+        attributes = [f.name for f in fields(Node) if f.name not in ("weight", "steps", "name")]
+        values = [(value.shape, value.kind, value.output) for value in graph.values]
+        nodes = [[getattr(node, name) for name in attributes] for node in graph.nodes]
+        steps = [[(step.kind, step.value) for step in node.steps] for node in graph.nodes]
+        return [values, nodes, steps]
+
+    if shape(found) != shape(wanted):
+        result.comparable = False
+        return result
+    for node, other in zip(found.nodes, wanted.nodes, strict=True):
+        place = node.name or node.op.name.lower()
+        pairs: list[tuple[str, Array | None, Array | None]] = [("weight", node.weight, other.weight)]
+        for number, (step, like) in enumerate(zip(node.steps, other.steps, strict=True)):
+            what = f"step {number} ({step.kind.name.lower()}{', ' + step.name if step.name else ''})"
+            limits, others = (np.array([s.p, s.q], np.float32) for s in (step, like))
+            pairs += [(what, step.a, like.a), (what, step.b, like.b), (what, limits, others)]
+        for what, one, two in pairs:
+            if one is None or two is None:
+                if one is not two:
+                    result.differences.append(f"  {place}, {what}: there in one only")
+                continue
+            if one.dtype != two.dtype or one.shape != two.shape:
+                result.differences.append(f"  {place}, {what}: {one.dtype} {one.shape}, not {two.dtype} {two.shape}")
+                continue
+            result.compared += one.size
+            unlike = ~((one == two) | ((one != one) & (two != two)))
+            if unlike.any():
+                result.differences.append(f"  {place}, {what}: {int(unlike.sum()):,} of {one.size:,}")
+    return result
 
 
 @dataclass
@@ -270,8 +337,8 @@ def _integers(layer: Any, bits: Tensor) -> Tensor:
 
 def random_batches(
     shape: tuple[int, ...], count: int = 64, seed: int = 0, batch_size: int = 32
-) -> Iterable[tuple[Tensor, None]]:
+) -> list[tuple[Tensor, None]]:
     """Images of Gaussian noise, (N, *shape) float32: what can be compared without data."""
     generator = torch.Generator().manual_seed(seed)
-    for start in range(0, count, batch_size):
-        yield torch.randn(min(batch_size, count - start), *shape, generator=generator), None
+    sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]
+    return [(torch.randn(size, *shape, generator=generator), None) for size in sizes]

@@ -65,6 +65,8 @@ class ConversionReport:
         return {layer.name: layer.reason for layer in self.layers if not layer.binarized}
 
     def __str__(self) -> str:
+        if not self.layers:
+            return "full precision: nothing was binarised"
         rows = [("layer", "type", "weights", "", "")]
         for x in self.layers:
             rows.append((x.name, x.kind, f"{x.parameters:,}", "binary" if x.binarized else "float", x.reason))

@@ -84,8 +84,8 @@ class Network:
         self.arena_bytes = int(self._model.arena_bytes)
         if self.arena_bytes > MAX_ARENA:
             raise FormatError(
-                f"{name}: the network asks for {self.arena_bytes / 2**20:,.0f} MiB of working memory, more than "
-                f"{MAX_ARENA / 2**20:,.0f}; set abste.runtime.network.MAX_ARENA if you trust the file."
+                f"{name}: the network asks for {self.arena_bytes:,} bytes of working memory, more than {MAX_ARENA:,}; "
+                "set abste.runtime.network.MAX_ARENA if you trust the file."
             )
         records = self._model.nodes
         work = sum(record[7] for record in records)

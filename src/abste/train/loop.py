@@ -316,7 +316,7 @@ class _Loop:
     def _open_files(self, resume: bool) -> None:
         run = self.run
         write_atomic(run.recipe, self.recipe.to_toml().encode())  # first: it makes the directory a run
-        write_atomic(run.conversion, (self.conversion + "\n").encode())
+        write_atomic(run.conversion, f"{self.conversion}\n".encode())
         try:
             self.metrics_file = open(run.metrics, "ab")  # noqa: SIM115, closed with the run
             # What came after the checkpoint will come again.

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import abste.models
 from abste.data import Batches, ImageData, hold_out, load
 from abste.errors import CheckpointError, DataError, RunError
+from abste.nn import ConversionReport, convert, recalibrate_batch_norm
 from abste.train.checkpoint import check_state, load_checkpoint
 from abste.train.files import remove_leftovers
 from abste.train.recipe import Recipe, make_recipe
@@ -133,8 +134,8 @@ def example_input(recipe: Recipe) -> Tensor:
     return torch.zeros(1, *recipe.data.image_shape)
 
 
-def build_model(recipe: Recipe) -> tuple[nn.Module, str]:
-    """The recipe's network on the CPU, binarised where the recipe says so, and the conversion report.
+def build_model(recipe: Recipe) -> tuple[nn.Module, ConversionReport]:
+    """The recipe's network on the CPU, binarised where the recipe says so, and the conversion report (empty if not).
 
     Raises:
         ConfigError: an unknown model, argument, estimator or option.
@@ -143,11 +144,8 @@ def build_model(recipe: Recipe) -> tuple[nn.Module, str]:
     arguments = {"num_classes": recipe.data.classes, "in_channels": recipe.data.image_shape[0], **recipe.model.kwargs}
     model = abste.models.create(recipe.model.name, **arguments)
     if recipe.binarize is None:
-        return model, "full precision: nothing was binarised"
-    from abste.nn import convert
-
-    report = convert(model, **recipe.binarize.arguments(), example_input=example_input(recipe))
-    return model, str(report)
+        return model, ConversionReport(())
+    return model, convert(model, **recipe.binarize.arguments(), example_input=example_input(recipe))
 
 
 def load_data(recipe: Recipe, root: str | Path | None) -> tuple[ImageData, ImageData, str]:
@@ -292,8 +290,6 @@ def evaluation_batches(
 
 def recalibrated(model: nn.Module, recipe: Recipe, train: ImageData, device: str | torch.device) -> None:
     """Batch-norm statistics from the training images without augmentation, in place."""
-    from abste.nn import recalibrate_batch_norm
-
     recalibrate_batch_norm(model, (images for images, _ in evaluation_batches(train, recipe, device).epoch(0)))
 
 
