@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import abste.data
+from abste.deploy import Verification, export_run, verify_run
 from abste.errors import DataError
 
 FOLDER = "cifar-10-batches-py"
+RESULTS = Path(__file__).resolve().parents[2] / "results"
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +73,15 @@ def test_holds_out_the_same_number_of_each_class(splits: abste.data.Splits) -> N
     rest, validation = abste.data.hold_out(splits.train, 5000, seed=0)
     assert validation.labels.bincount().tolist() == [500] * 10
     assert rest.labels.bincount().tolist() == [4500] * 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", sorted(path.parent.name for path in RESULTS.glob("*/weights.safetensors")))
+def test_packed_networks_are_the_trained_ones(run: str, cifar10_root: Path, tmp_path: Path) -> None:
+    """Every network of results/, over the whole test set."""
+    export_run(RESULTS / run, tmp_path / "net.abste")
+    checks = verify_run(RESULTS / run, tmp_path / "net.abste", cifar10_root)
+    assert all(check.passed for check in checks), "\n".join(map(str, checks))
+    *_, last = checks
+    assert isinstance(last, Verification) and last.images == last.labelled == 10_000 and last.accuracy is not None
+    assert abs(last.accuracy[0] - last.accuracy[1]) <= last.images_with_bits / 10_000

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import abste
+from abste.deploy import export, lower
+from abste.deploy import format as abste_format
+from abste.errors import ConversionError, RunError
+
+EXAMPLE = torch.zeros(1, 3, 8, 8)
+
+
+def network(width: int = 4) -> tuple[nn.Module, abste.nn.ConversionReport]:
+    torch.manual_seed(0)
+    model = abste.models.create("resnet8", width=width)
+    report = abste.convert(model, example_input=EXAMPLE)
+    return model.eval(), report
+
+
+def test_export_says_what_it_did(tmp_path: Path) -> None:
+    model, report = network()
+    images = torch.randn(30, 3, 8, 8)
+    exported = export(
+        model,
+        tmp_path / "net.abste",
+        EXAMPLE,
+        classes=[f"c{i}" for i in range(10)],
+        normalization=([0.1, 0.2, 0.3], [1, 2, 3]),
+        metadata={"name": "net"},
+        data=("mine", [(images, model(images).argmax(1))]),
+        kept_float=report.kept_float,
+    )
+    assert exported.file_bytes == (tmp_path / "net.abste").stat().st_size
+    text = str(exported)
+    assert re.search(r"^conv1 .* float +first layer$", text, re.MULTILINE) and re.search(r"fc .* last layer\n", text)
+    assert "passed on 64 images: Gaussian noise" in text and "passed on 30 images: mine" in text
+    assert "PyTorch 100.00%, packed 100.00%" in text and f"{exported.ratio:.1f} times smaller" in text
+    net = abste.load(tmp_path / "net.abste")
+    np.testing.assert_allclose(net(images), model(images).detach(), atol=1e-5)
+    assert net.classes == tuple(f"c{i}" for i in range(10)) and net.metadata == {"name": "net"}
+    assert net.normalization is not None and net.normalization[1].tolist() == [1, 2, 3]
+
+
+def test_half_precision_says_what_it_changes(tmp_path: Path) -> None:
+    model, _ = network(16)
+    images = torch.randn(50, 3, 8, 8)
+    sizes = {}
+    for float16 in (False, True):
+        exported = export(
+            model, tmp_path / "net.abste", EXAMPLE, float16=float16, data=("mine", [(images, model(images).argmax(1))])
+        )
+        sizes[float16] = exported.file_bytes
+        assert ("half precision changes logits" in str(exported)) is float16
+    assert abs(sizes[False] - sizes[True] - 2 * (3 * 9 * 16 + 64 * 10)) < 256
+    noise, mine = exported.rounding
+    assert 0 < mine.difference < 1e-2 and mine.images == mine.labelled == 50 and noise.labelled == 0
+    assert mine.correct[0] == 50 and "accuracy 100.00% before" in str(mine)
+    assert abste.load(tmp_path / "net.abste").metadata == {"float16": True}
+
+
+def test_what_is_not_the_network_is_not_written(tmp_path: Path) -> None:
+    """Numbers that cancel: sums in another order give another result, and the earlier file stays."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.Linear(8, 4)).eval()
+    path = tmp_path / "net.abste"
+    export(model, path, EXAMPLE)
+    before = path.read_bytes()
+    with torch.no_grad():
+        first, second = model[1], model[2]
+        first.weight.copy_(first.weight[:1].expand(8, -1) * 1e3)
+        first.bias.zero_()
+        second.bias.zero_()
+        second.weight.copy_(torch.tensor([1.0, -1.0] * 4).expand(4, -1))
+        first.weight[1::2] += 1e-4
+    with pytest.raises(ConversionError, match="the packed network is not the model, and was not written:\nFAILED"):
+        export(model, path, EXAMPLE)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_leaves_the_earlier_file(tmp_path: Path) -> None:
+    model, _ = network()
+    path = tmp_path / "net.abste"
+    export(model, path, EXAMPLE)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(RunError, match=r"cannot write .*net\.abste: File too large"):
+            export(model, path, EXAMPLE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(RunError, match="cannot write"):
+        export(model, tmp_path / "nowhere" / "net.abste", EXAMPLE)
+
+
+class CifarResNet18(nn.Module):
+    """torchvision's ResNet-18 with the stem of CIFAR."""
+
+    def __new__(cls) -> Any:
+        model = torchvision.models.resnet18(num_classes=10)
+        model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        model.maxpool = nn.Identity()
+        return model
+
+
+def test_size_of_resnet18(tmp_path: Path) -> None:
+    """1-bit weights cost one bit: the promised ratios to the float32 state dict, 1x1 shortcuts staying float."""
+    torch.manual_seed(0)
+    model = CifarResNet18()
+    report = abste.convert(model, example_input=torch.zeros(1, 3, 32, 32))
+    assert len(report.binarized) == 16 and len(report.kept_float) == 5
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    for float16, wanted in ((False, 20.5), (True, 24.5)):
+        file = abste_format.write(lower(model.eval(), torch.zeros(1, 3, 32, 32), float16=float16).graph)
+        assert (tmp_path / "state.pt").stat().st_size / len(file) >= wanted
+    binary = sum(layer.parameters for layer in report.layers if layer.binarized)
+    bits = sum(
+        node.weight.size
+        for node in abste_format.read(file).nodes
+        if node.weight is not None and node.weight.dtype == bool
+    )
+    assert bits == binary
+
+
+def test_torch_is_not_imported_to_load_and_run(tmp_path: Path) -> None:
+    model, _ = network()
+    export(model, tmp_path / "net.abste", EXAMPLE)
+    code = (
+        "import sys, numpy, abste\n"
+        f"net = abste.load({str(tmp_path / 'net.abste')!r})\n"
+        "print(net(numpy.zeros((2, 3, 8, 8), numpy.float32)).shape)\n"
+        "print(sorted(m for m in sys.modules if m.split('.')[0] in ('torch', 'PIL', 'abste')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shape, modules = done.stdout.splitlines()
+    assert shape == "(2, 10)" and "torch" not in modules and "PIL" not in modules
+    assert "abste.deploy" not in modules.replace("'", "").strip("[]").split(", ")

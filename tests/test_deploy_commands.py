@@ -1,0 +1,143 @@
+"""export, inspect, verify and predict, as a user types them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import abste
+from abste.cli import main
+from abste.data import load
+from abste.deploy import format as abste_format
+from abste.deploy.graph import Op
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on the embedded digits, and digits.abste beside it."""
+    folder = tmp_path_factory.mktemp("deploy")
+    tiny = ["--threads", "1", "--set", "model.kwargs.width=4", "train.epochs=2"]
+    assert main(["train", "digits-resnet8-w1a32", "--out", str(folder / "run"), *tiny]) == 0
+    assert main(["export", str(folder / "run"), str(folder / "digits.abste")]) == 0
+    return folder
+
+
+@pytest.fixture
+def folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, as the working directory."""
+    shutil.copytree(run, tmp_path / "w")
+    monkeypatch.chdir(tmp_path / "w")
+    return tmp_path / "w"
+
+
+def test_export(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "run", "again.abste"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^conv1 .* float +first layer$", text, re.MULTILINE)
+    assert re.search(r"^layer1.0.conv1 .* sign_conv$", text, re.MULTILINE)
+    assert "passed on 64 images: Gaussian noise" in text and "passed on 355 images: all of the 355 test images" in text
+    accuracy = re.search(r"accuracy +PyTorch (\S+%), packed (\S+%)", text)
+    assert accuracy is not None and accuracy[1] == accuracy[2]
+    assert text.endswith("wrote again.abste\n") and "times smaller than the float32 state dict" in text
+    assert (folder / "again.abste").read_bytes() == (folder / "digits.abste").read_bytes()
+    assert main(["export", "run", "half.abste", "--float16"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"half precision .* accuracy \S+% before, \S+% after \(.* test images of digits\)", text)
+    assert abste.load("half.abste").metadata["float16"] is True
+    assert main(["verify", "run", "half.abste"]) == 0
+
+
+def test_inspect(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "digits.abste"]) == 0
+    text = capsys.readouterr().out
+    net = abste.load("digits.abste")
+    assert f"{net.file_bytes:,} bytes" in text and f"{net.arena_bytes:,} bytes of working memory" in text
+    assert "repack" in text and "classes" in text and re.search(r"MACs +[\d,]+ with 1-bit weights", text)
+    assert len([line for line in text.splitlines() if "sign_conv" in line]) == 6
+
+
+def test_verify_finds_one_flipped_bit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "run", "digits.abste"]) == 0
+    text = capsys.readouterr().out
+    assert "constants of the file are those of the model" in text and "all of the 355 test images of digits" in text
+    graph = abste_format.read((folder / "digits.abste").read_bytes())
+    node = next(node for node in graph.nodes if node.op is Op.SIGN_CONV)
+    assert node.weight is not None
+    node.weight[0, 0, 0, 0] ^= True
+    (folder / "flipped.abste").write_bytes(abste_format.write(graph))
+    assert main(["verify", "run", "flipped.abste", "--images", "10"]) == 1
+    text = capsys.readouterr().out
+    assert "FAILED" in text and "layer1.0.conv1, weight: 1 of" in text and "the first 10 of the 355" in text
+
+
+def test_predict(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, test = load("digits")
+    images = test.images[:5]
+    for number, image in enumerate(images):
+        Image.fromarray(image[0].numpy()).save(f"{number}.png")
+    model, net = abste.load_run("run"), abste.load("digits.abste")
+    assert net.normalization is not None
+    mean, std = (torch.from_numpy(numbers).view(-1, 1, 1) for numbers in net.normalization)
+    for number, image in enumerate(images):
+        wanted = model((image[None] / 255 - mean) / std)
+        assert main(["predict", "digits.abste", f"{number}.png", "--top", "1"]) == 0
+        name, probability = capsys.readouterr().out.split()
+        assert name == test.classes[int(wanted.argmax())]
+        assert float(probability.rstrip("%")) == pytest.approx(100 * float(wanted.detach().softmax(1).max()), abs=0.006)
+    Image.new("RGB", (30, 50), "white").save("large.jpg")
+    assert main(["predict", "digits.abste", "large.jpg", "0.png"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "large.jpg:" and lines[4] == "0.png:" and len(lines) == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["export", "nothing", "x.abste"], "nothing holds no run of abste"),
+        (["export", "run", "no/where.abste"], "cannot write"),
+        (["inspect", "missing.abste"], "cannot load missing.abste: No such file"),
+        (["inspect", "run/recipe.toml"], "recipe.toml: this is not an .abste file"),
+        (["inspect", "empty"], "cannot load empty: it is empty"),
+        (["inspect", "cut.abste"], "cut.abste: this .abste file is not whole"),
+        (["inspect", "bit.abste"], "bit.abste: this .abste file is damaged"),
+        (["verify", "run", "missing.abste"], "cannot read missing.abste: No such file"),
+        (["verify", "run", "bit.abste"], "damaged"),
+        (["verify", "run", "digits.abste", "--images", "0"], "must be at least 1, not 0"),
+        (["predict", "digits.abste", "missing.png"], "cannot read missing.png: it does not exist"),
+        (["predict", "digits.abste", "run/recipe.toml"], "it is no image that Pillow reads"),
+        (["predict", "digits.abste", "a.png", "--top", "0"], "--top must be at least 1, not 0"),
+    ],
+)
+def test_errors_are_one_sentence(
+    arguments: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = (folder / "digits.abste").read_bytes()
+    (folder / "empty").write_bytes(b"")
+    (folder / "cut.abste").write_bytes(whole[:-100])
+    (folder / "bit.abste").write_bytes(whole[:200] + bytes([whole[200] ^ 4]) + whole[201:])
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("abste: error: ") and message in captured.err
+    assert captured.err.count("\n") == 1
+    assert (folder / "digits.abste").read_bytes() == whole and not (folder / "x.abste").exists()
+
+
+def test_a_file_of_another_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = ["--threads", "1", "--set", "model.kwargs.width=4", "train.epochs=1"]
+    assert main(["train", "digits-resnet8-w1a32", "--out", "other", *tiny]) == 0
+    assert main(["verify", "other", "digits.abste"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_predict_without_pillow(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    assert main(["predict", "digits.abste", "0.png"]) == 2
+    assert capsys.readouterr().err.endswith("install it with: pip install 'abste[image]'\n")
