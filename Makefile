@@ -10,13 +10,14 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 # Everything in benchmarks/ but the script that only writes README's table and what scripts share.
 BENCHMARKS = $(filter-out benchmarks/results_table.py benchmarks/_%.py,$(sort $(wildcard benchmarks/*.py)))
 
-.PHONY: help quickstart install test test-slow lint format typecheck bench clean
+.PHONY: help quickstart install test test-slow fuzz lint format typecheck bench clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make quickstart   install abste[train] into .venv and train a small binary network on embedded data"
 	@echo "make test         install what tests need and run the fast tests"
 	@echo "make test-slow    run the tests that take minutes or measure speed"
+	@echo "make fuzz         fuzz the reader of .abste files (clang); MINUTES=30"
 	@echo "make lint         ruff check and ruff format --check"
 	@echo "make format       let ruff fix and format"
 	@echo "make typecheck    mypy"
@@ -52,6 +53,11 @@ test: $(VENV)/.dev
 # One process: tests that measure time must not share the machine.
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
+
+# The report of a long run is committed: make fuzz FUZZ_OUT=tests/c/fuzz-report.json
+MINUTES ?= 30
+fuzz: $(VENV)/.dev
+	$(BIN)/python tests/c/fuzz.py --minutes $(MINUTES) $(if $(FUZZ_OUT),--out $(FUZZ_OUT))
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

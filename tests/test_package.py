@@ -74,7 +74,10 @@ def test_readme_example_trains(repo_root: Path, tmp_path: Path) -> None:
     accuracy = re.search(r"test accuracy ([\d.]+) %", done.stdout)
     assert accuracy is not None
     assert float(accuracy[1]) > 80
-    assert list(tmp_path.iterdir()) == []
+    assert "passed on 64 images: Gaussian noise" in done.stdout and "first layer" in done.stdout
+    predicted, labels = (re.findall(r"\d", line) for line in done.stdout.splitlines()[-1].split("]", 1))
+    assert len(predicted) == len(labels) == 10 and sum(map(str.__eq__, predicted, labels)) >= 7
+    assert [path.name for path in tmp_path.iterdir()] == ["digits.abste"]
 
 
 def test_readme_commands_exist(repo_root: Path) -> None:

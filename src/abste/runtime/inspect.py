@@ -9,7 +9,7 @@ def describe(network: Network) -> str:
     """A table of the operations, with shapes, bits, bytes and multiply-accumulates, and what the network needs."""
     rows = [("module", "operation", "output", "weights", "bits", "bytes", "MACs")]
     for node in network.nodes:
-        behind = [step.rpartition(".")[2] for step in node.steps if step and step != node.name]
+        behind = [_short(step, node.name) for step in node.steps if step and step != node.name]
         size = -(-node.weights * node.weight_bits // 8)
         rows.append(
             (
@@ -30,18 +30,27 @@ def describe(network: Network) -> str:
     macs = {bits: sum(node.macs for node in network.nodes if node.weight_bits == bits) for bits in (1, 16, 32)}
     kinds = [f"{count:,} of {bits} bit{'s' * (bits > 1)}" for bits, count in total.items() if count]
     work = [f"{macs[bits]:,} with {bits}-bit weights" for bits in (1, 16, 32) if macs[bits]]
-    lines += ["", f"input    {_shapes(network.inputs)}", f"output   {_shapes(network.outputs)}"]
+    facts: list[tuple[str, object]] = [("input", _shapes(network.inputs)), ("output", _shapes(network.outputs))]
     if network.classes:
         shown = ", ".join(network.classes[:10]) + (", ..." if len(network.classes) > 10 else "")
-        lines.append(f"classes  {len(network.classes)}: {shown}")
-    lines.append(f"weights  {', '.join(kinds) or 'none'}")
-    lines.append(f"MACs     {', '.join(work) or 'none'}")
-    lines.append(f"file     {network.file_bytes:,} bytes")
-    lines.append(f"arena    {network.arena_bytes:,} bytes of working memory for an image")
-    lines.append("repack   0 bytes: the reference kernels read the weights in place")
-    lines += [f"{key:8} {value}" for key, value in network.metadata.items() if isinstance(value, str | int | float)]
+        facts.append(("classes", f"{len(network.classes)}: {shown}"))
+    facts += [
+        ("weights", ", ".join(kinds) or "none"),
+        ("MACs", ", ".join(work) or "none"),
+        ("file", f"{network.file_bytes:,} bytes"),
+        ("arena", f"{network.arena_bytes:,} bytes of working memory for an image"),
+        ("repack", "0 bytes: the reference kernels read the weights in place"),
+    ]
+    facts += [(key, value) for key, value in network.metadata.items() if isinstance(value, str | int | float)]
+    width = max(len(key) for key, _ in facts)
+    lines += ["", *(f"{key:{width}}  {value}" for key, value in facts)]
     # Names come from the file: what a terminal would obey rather than show is replaced.
     return "\n".join("".join(char if char.isprintable() else "\ufffd" for char in line) for line in lines)
+
+
+def _short(step: str, node: str) -> str:
+    """The last part of a module's name, but the whole of one that encloses the node, such as a block with a shortcut."""
+    return step if node.startswith(f"{step}.") else step.rpartition(".")[2]
 
 
 def _shapes(values: tuple[TensorInfo, ...]) -> str:

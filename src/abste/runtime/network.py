@@ -12,7 +12,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from abste.errors import ConfigError, FormatError, nearest
-from abste.runtime import _native
+
+try:
+    from abste.runtime import _native
+except ImportError as error:
+    raise ImportError("abste is here without its C library; install it with pip, and a C++ compiler.") from error
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Layout = Literal["nchw", "nhwc"]
