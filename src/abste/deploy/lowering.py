@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -139,6 +139,12 @@ def _replaced(model: nn.Module) -> nn.Module:
                 f"{name or 'the model'}: a binary layer with padding_mode={module.padding_mode!r} cannot be packed; "
                 "use 'zeros', and pad_value=1 or -1 for inputs that stay one bit wide."
             )
+        activation: Any = module if isinstance(module, BinaryActivation) else module.activation
+        if activation is not None and not activation.estimator.plain_bits:
+            raise ConversionError(
+                f"{name or 'the model'}: {type(activation.estimator).__name__} is not plain sign(x) at inference "
+                "(plain_bits = False), and cannot be packed."
+            )
         new = made.setdefault(id(module), _Sign() if isinstance(module, BinaryActivation) else _Layer(module))
         if not name:
             return new
@@ -190,11 +196,8 @@ class PackReport:
         ]
         bits = sum(layer.nbytes for layer in self.layers if layer.packed != "float")
         floats = sum(layer.nbytes for layer in self.layers if layer.packed == "float")
-        total = bits + floats + self.rest_bytes
-        ratio = self.float_bytes / total if total else math.nan
         lines.append(
-            f"\n1-bit weights {bits:,} bytes, float weights {floats:,}, factors and thresholds {self.rest_bytes:,}: "
-            f"{total:,} in all, {ratio:.1f} times smaller than the {self.float_bytes:,} of the float32 state dict"
+            f"\n1-bit weights {bits:,} bytes, float weights {floats:,}, factors and thresholds {self.rest_bytes:,}"
         )
         return "\n".join(lines)
 
@@ -235,23 +238,37 @@ def lower(
         ConversionError: an operation, or a use of one, that the graph does not know: names the module, the operation,
             and what to do.
     """
-    if not isinstance(example_input, Tensor) or example_input.dim() not in (2, 3, 4) or 0 in example_input.shape[1:]:
+    if not isinstance(model, nn.Module):
+        raise ConversionError(f"only a torch.nn.Module can be packed, not {type(model).__name__}.")
+    if (
+        not isinstance(example_input, Tensor)
+        or not example_input.is_floating_point()
+        or example_input.dim() not in (2, 3, 4)
+        or 0 in example_input.shape[1:]
+    ):
         raise ConversionError(
-            "example_input must be a tensor (N, C, H, W), (N, C, L) or (N, C) with no empty dimension."
+            "example_input must be a float tensor (N, C, H, W), (N, C, L) or (N, C) with no empty dimension."
         )
     example = torch.zeros(BATCH, *example_input.shape[1:])
+    replaced = _replaced(model)
     try:
         with torch.no_grad():
-            program = torch.export.export(_replaced(model), (example,))
-    except ConversionError:
-        raise
-    except Exception as error:  # torch.export raises many kinds
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            replaced(example)
+    except Exception as error:  # whatever the model raises
         raise ConversionError(
-            f"torch.export cannot trace this model ({type(error).__name__}: {reason}); its forward must not depend on "
-            "the values of tensors."
+            f"the model does not run on one float32 tensor of shape {tuple(example.shape)}, which is that of "
+            f"example_input but for the batch: {_reason(error)}"
         ) from error
-    graph = _Lowering(program).graph()
+    try:
+        with torch.no_grad():
+            program = torch.export.export(replaced, (example,))
+    except Exception as error:  # torch.export raises many kinds
+        raise ConversionError(
+            f"torch.export cannot trace this model, whose forward must not depend on the values of tensors: "
+            f"{_reason(error)}"
+        ) from error
+    lowering = _Lowering(program)
+    graph = lowering.built
     if normalization is not None:
         graph.normalization = np.array(normalization, np.float32)
         if graph.normalization.shape != (2, graph.values[0].shape[2]):
@@ -262,10 +279,31 @@ def lower(
     graph.classes = None if classes is None else tuple(classes)
     graph.metadata = metadata
     simplify(graph)
+    _order_outputs(graph, lowering.results)
     if float16:
         to_half(graph)
     graph = plan(graph)
     return Lowered(graph, _report(model, graph))
+
+
+def _order_outputs(graph: Graph, results: list[int]) -> None:
+    """Outputs stand in the file in the order in which nodes write them: copy those that come before their turn."""
+    written = {index: number for number, node in enumerate(graph.nodes) for index in node.written()}
+    latest = -1
+    for index in results:
+        if written[index] > latest:
+            latest = written[index]
+            continue
+        value = graph.values[index]
+        graph.values.append(replace(value))
+        value.output = False
+        graph.nodes.append(Node(Op.IDENTITY, (index,), len(graph.values) - 1))
+        latest = len(graph.nodes) - 1
+
+
+def _reason(error: Exception) -> str:
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {reason}" if reason else type(error).__name__
 
 
 def _report(model: nn.Module, graph: Graph) -> PackReport:
@@ -304,7 +342,11 @@ class _Lowering:
         self.built = Graph(self.values, self.nodes)
         self.where: dict[fx.Node, int] = {}  # the value that an operation's result became
         self.signs: dict[fx.Node, int] = {}  # the value of whose sign it is
-        self.constants: dict[fx.Node, Tensor] = {}
+        self.constants: dict[fx.Node, Any] = {}
+        self.roots: dict[fx.Node, fx.Node] = {}  # of what shares its memory with another's result: that
+        self.stale: set[fx.Node] = set()  # views of what was changed in place
+        self.joined: dict[tuple[int, int], int] = {}  # concatenations
+        self.results: list[int] = []
         self.current: fx.Node | None = None
         signature = program.graph_signature
         tensors = {**program.state_dict, **program.constants}
@@ -323,14 +365,12 @@ class _Lowering:
         for node in inputs:
             self.new_value(node)
         self.built.input_count = len(inputs)
+        live = _live(program.graph)
         for node in program.graph.nodes:
-            if node.op == "call_function":
+            if node.op == "call_function" and node in live:
                 self.lower(node)
             elif node.op == "output":
                 self.finish(node)
-
-    def graph(self) -> Graph:
-        return self.built
 
     # Messages
 
@@ -341,7 +381,8 @@ class _Lowering:
 
     def refuse(self, what: str) -> ConversionError:
         node = self.current
-        assert node is not None
+        if node is None:
+            return ConversionError(f"the input cannot be packed: {what}")
         where = self.module(node) or "the model's forward"
         operation = str(node.target).removesuffix(".default")
         return ConversionError(f"{where}: {operation} cannot be packed: {what}")
@@ -359,13 +400,15 @@ class _Lowering:
         return bool(name) and any(str(path) == name for path, *_ in stack)
 
     def new_value(self, node: fx.Node, shape: tuple[int, int, int] | None = None) -> int:
-        size = _size(node.meta["val"].shape)
+        result = node.meta["val"]
+        size = _size(result.shape) if isinstance(result, Tensor) else None
         if size is None:
-            raise self.refuse(
-                f"its result has shape {tuple(node.meta['val'].shape)}; "
-                "only (N, C, H, W), (N, C, L) and (N, C) are known."
-            )
-        self.values.append(Value(shape or size[0], Kind.FLOAT, size[1], node.name))
+            found = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else "several parts"
+            raise self.refuse(f"its result has {found}; only (N, C, H, W), (N, C, L) and (N, C) are known.")
+        h, w, c = shape or size[0]
+        if max(h, w) > 65535 or c > 2**24:
+            raise self.refuse(f"it has {h}x{w} pixels of {c} channels; at most 65535x65535 of 2^24 are known.")
+        self.values.append(Value((h, w, c), Kind.FLOAT, size[1], node.name))
         if shape is None:
             self.where[node] = len(self.values) - 1
         return len(self.values) - 1
@@ -374,6 +417,8 @@ class _Lowering:
         """The float value of an operation's result."""
         if not isinstance(node, fx.Node):
             raise self.refuse(f"it reads {node!r}, which is no tensor of the network.")
+        if node in self.stale:
+            raise self.refuse("it reads a view of a tensor that was changed in place since; use x = x + y for x += y.")
         if node in self.signs:
             if node not in self.where:
                 index = self.new_value(node)
@@ -397,19 +442,16 @@ class _Lowering:
 
     def same(self, node: fx.Node, source: Any) -> None:
         """This operation changes nothing but, perhaps, what the shape is called."""
-        if source in self.signs:
-            self.signs[node] = self.signs[source]
-            return
-        if source in self.constants:
-            self.constants[node] = self.constants[source]
-            return
-        index = self.value(source)
+        index = self.signs[source] if source in self.signs else self.value(source)
         size = _size(node.meta["val"].shape)
         if size is None or size[0] != self.values[index].shape:
             raise self.refuse(
                 f"it turns {tuple(source.meta['val'].shape)} into {tuple(node.meta['val'].shape)}; "
                 "flatten to (N, features) instead."
             )
+        if source in self.signs:
+            self.signs[node] = index
+            return
         if size[1] == self.values[index].rank:
             self.where[node] = index
         else:
@@ -442,42 +484,77 @@ class _Lowering:
 
     def lower(self, node: fx.Node) -> None:
         self.current = node
-        name = str(getattr(node.target, "_opname", getattr(node.target, "__name__", node.target)))
-        namespace = getattr(node.target, "namespace", "")
-        if name in _IGNORED:
+        name = _name(node)
+        if name in _IGNORED or name in _FIRST_OF_TWO:
             return
-        in_place = namespace == "aten" and name.endswith("_") and not name.endswith("__")
-        handler = _HANDLERS.get(name.rstrip("_") if in_place else name)
+        target = cast(Any, node.target)
+        in_place = getattr(target, "namespace", "") == "aten" and name.endswith("_") and not name.endswith("__")
+        name = name.rstrip("_") if in_place else name
+        read: Any = node.args[0] if name == "getitem" else None
+        if isinstance(read, fx.Node) and _name(read) in _FIRST_OF_TWO:
+            if node.args[1] != 0:
+                self.current = read
+                raise self.refuse("its indices are read; only its result is known.")
+            name, target = _name(read), cast(Any, read.target)
+        else:
+            read = node
+            if in_place and name != "detach":
+                self.check_owner(node.args[0])
+            if all(value in self.constants for value in node.all_input_nodes):
+                self.fold(node)
+                return
+        handler = _HANDLERS.get(name)
         if handler is None:
             raise self.refuse(
                 "the packed format has no such operation; replace it by one that it has (docs/format.md), or leave "
                 "this part out of the exported model."
             )
-        schema = cast(Any, node.target)._schema
+        schema = target._schema
         arguments = {
             argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()
         }
-        arguments.update(zip((argument.name for argument in schema.arguments), node.args, strict=False))
-        arguments.update(node.kwargs)
+        arguments.update(zip((argument.name for argument in schema.arguments), read.args, strict=False))
+        arguments.update(read.kwargs)
         source = arguments.get("self", arguments.get("input", arguments.get("x")))
-        constants = [value for value in node.all_input_nodes if value not in self.constants]
-        if not constants and namespace != "abste":
-            self.fold(node)
-            return
         handler(self, node, arguments)
-        if in_place and isinstance(source, fx.Node):  # whoever reads the changed tensor later sees the change
-            for table in (self.where, self.signs):
-                table.pop(source, None)
-                if node in table:
-                    table[source] = table[node]
+        if not isinstance(source, fx.Node):
+            return
+        if in_place or name in _KEEPS_MEMORY or any(result.alias_info for result in schema.returns):
+            self.roots[node] = self.roots.get(source, source)
+        if in_place:
+            self.changed(source, node)
+
+    def check_owner(self, changed: Any) -> None:
+        """Refuse to change in place what is not the forward's own."""
+        kept = [_memory(self.constants[node]) for node in self.constants if node.op == "placeholder"]
+        if changed in self.constants and _memory(self.constants[changed]) in kept:
+            raise self.refuse("it changes a parameter or buffer of the model; a packed network has no state.")
+
+    def changed(self, source: fx.Node, result: fx.Node) -> None:
+        """Whoever reads a tensor that was changed in place sees the change."""
+        root = self.roots.get(source, source)
+        before = self.where.get(source)
+        for alias in [node for node in (root, *self.roots) if self.roots.get(node, node) is root]:
+            if alias is result:
+                continue
+            same = alias is source or (before is not None and self.where.get(alias) == before)
+            for table in (self.where, self.signs, self.constants):
+                table.pop(alias, None)
+                if same and result in table:
+                    table[alias] = cast(Any, table[result])
+            if not same:
+                self.stale.add(alias)
 
     def fold(self, node: fx.Node) -> None:
         """Compute what depends on constants alone."""
-        found = fx.map_arg((node.args, node.kwargs), lambda n: self.constants[n])
-        args, kwargs = found
-        result = cast(Any, node.target)(*args, **kwargs)
-        if isinstance(result, Tensor):
-            self.constants[node] = result
+        target = cast(Any, node.target)
+        if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
+            raise self.refuse("it is random.")
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.constants[n])
+        self.constants[node] = target(*args, **kwargs)
+        for source in node.all_input_nodes:
+            if _memory(self.constants[source]) == _memory(self.constants[node]) is not None:
+                self.roots[node] = self.roots.get(source, source)
 
     def finish(self, node: fx.Node) -> None:
         self.current = node
@@ -493,11 +570,38 @@ class _Lowering:
                 self.nodes.append(Node(Op.IDENTITY, (index,), len(self.values) - 1))
                 index = len(self.values) - 1
             self.values[index].output = True
+            self.results.append(index)
 
 
 Handler = Callable[[_Lowering, fx.Node, dict[str, Any]], None]
 _HANDLERS: dict[str, Handler] = {}
+_FIRST_OF_TWO = (  # operations whose first result alone is of use
+    "adaptive_max_pool1d",
+    "adaptive_max_pool2d",
+    "max_pool1d_with_indices",
+    "max_pool2d_with_indices",
+)
+_KEEPS_MEMORY = ("dropout", "feature_dropout", "alpha_dropout")  # in evaluation they give what they get
 _IGNORED = ("_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_size")
+
+
+def _live(graph: fx.Graph) -> set[fx.Node]:
+    """The operations that outputs depend on, and those that change something in place."""
+    live: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        schema = getattr(node.target, "_schema", None)
+        if node.op == "output" or getattr(schema, "is_mutable", False) or any(user in live for user in node.users):
+            live.add(node)
+    return live
+
+
+def _memory(constant: Any) -> int | None:
+    return constant.untyped_storage().data_ptr() if isinstance(constant, Tensor) else None
+
+
+def _name(node: fx.Node) -> str:
+    """Of the operation, without its overload."""
+    return str(getattr(node.target, "_opname", getattr(node.target, "__name__", node.target)))
 
 
 def _handles(*names: str) -> Callable[[Handler], Handler]:
@@ -619,12 +723,15 @@ def _batch_norm(low: _Lowering, node: fx.Node, arguments: dict[str, Any]) -> Non
     if arguments["training"] or mean is None or var is None:
         raise low.refuse("it computes statistics of the batch; use running statistics (track_running_stats=True).")
     weight, bias = (low.constant(arguments[key]) for key in ("weight", "bias"))
-    factor = 1 / np.sqrt(var.double().numpy() + arguments["eps"])
-    if weight is not None:
-        factor = factor * weight.double().numpy()
-    shift = -mean.double().numpy() * factor
-    if bias is not None:
-        shift = shift + bias.double().numpy()
+    if (weight is None) != (arguments["weight"] is None) or (bias is None) != (arguments["bias"] is None):
+        raise low.refuse("its weight or bias depends on the input.")
+    with np.errstate(all="ignore"):  # a network that diverged stays as it is
+        factor = 1 / np.sqrt(var.double().numpy() + arguments["eps"])
+        if weight is not None:
+            factor = factor * weight.double().numpy()
+        shift = -mean.double().numpy() * factor
+        if bias is not None:
+            shift = shift + bias.double().numpy()
     low.step(node, arguments["input"], linear(factor, shift, ""))
 
 
@@ -642,8 +749,8 @@ def _plain(kind: StepKind) -> Handler:
     return lambda low, node, arguments: low.step(node, arguments["self"], Step(kind))
 
 
-for _name, _kind in _PLAIN.items():
-    _HANDLERS[_name] = _plain(_kind)
+for _operation, _kind in _PLAIN.items():
+    _HANDLERS[_operation] = _plain(_kind)
 
 
 @_handles("gelu")
@@ -712,9 +819,15 @@ def _arithmetic(low: _Lowering, node: fx.Node, arguments: dict[str, Any]) -> Non
     low.step(node, source, step)
 
 
+_COMBINES = "it combines {} and {}; only equal shapes, and one number per channel and image, are known."
+
+
 def _combine(low: _Lowering, node: fx.Node, kind: str, left: fx.Node, right: fx.Node, alpha: float) -> None:
     if kind not in ("add", "sub", "mul"):
         raise low.refuse("it divides by a tensor, which the packed format cannot.")
+    size = _size(node.meta["val"].shape)
+    if size is None or not left.meta["val"].dim() == right.meta["val"].dim() == size[1] + 1:
+        raise low.refuse(_COMBINES.format(*(tuple(side.meta["val"].shape) for side in (left, right))))
     first, second = low.value(left), low.value(right)
     if kind == "sub" or alpha != 1:
         factor = np.full(low.values[second].shape[2], np.float32(-alpha if kind == "sub" else alpha), np.float32)
@@ -722,8 +835,6 @@ def _combine(low: _Lowering, node: fx.Node, kind: str, left: fx.Node, right: fx.
         low.values.append(Value(value.shape, Kind.FLOAT, value.rank, value.name))
         low.nodes.append(Node(Op.IDENTITY, (second,), len(low.values) - 1, steps=[Step(StepKind.MULTIPLY, a=factor)]))
         second = len(low.values) - 1
-    size = _size(node.meta["val"].shape)
-    assert size is not None
     # The one that is written later reads on in its own node: the other stands ready by then.
     if second > first and low.values[second].shape == size[0]:
         first, second = second, first
@@ -732,10 +843,7 @@ def _combine(low: _Lowering, node: fx.Node, kind: str, left: fx.Node, right: fx.
         first, second = second, first
         shape = low.values[second].shape
     if low.values[first].shape != size[0] or shape not in (size[0], (1, 1, size[0][2])):
-        raise low.refuse(
-            f"it combines {tuple(left.meta['val'].shape)} and {tuple(right.meta['val'].shape)}; only equal shapes, and "
-            "one number per channel and image, are known."
-        )
+        raise low.refuse(_COMBINES.format(*(tuple(side.meta["val"].shape) for side in (left, right))))
     step = Step(StepKind.MULTIPLY_VALUE if kind == "mul" else StepKind.ADD_VALUE, low.name_of(node), value=second)
     low.emit(node, Op.IDENTITY, (first,), steps=[step]).name = ""
 
@@ -755,9 +863,13 @@ def _cat(low: _Lowering, node: fx.Node, arguments: dict[str, Any]) -> None:
         h, w, c = low.values[index].shape
         if number == len(tensors):
             low.emit(node, Op.CONCAT, (index, other))
+            low.joined.setdefault((index, other), low.where[node])
+        elif (index, other) in low.joined:  # dense networks concatenate the same again and again
+            index = low.joined[index, other]
         else:
             out = low.new_value(node, (h, w, c + low.values[other].shape[2]))
             low.nodes.append(Node(Op.CONCAT, (index, other), out))
+            low.joined[index, other] = out
             index = out
 
 
@@ -765,11 +877,17 @@ def _cat(low: _Lowering, node: fx.Node, arguments: dict[str, Any]) -> None:
 def _reshape(low: _Lowering, node: fx.Node, arguments: dict[str, Any]) -> None:
     source, shape = arguments["self"], node.meta["val"].shape
     size = _size(shape)
-    if size is not None and source not in low.constants and source not in low.signs:
-        h, w, _ = low.values[low.value(source)].shape
-        if size[1] == 1 and h * w > 1 and size[0][2] == source.meta["val"][0].numel():
-            low.emit(node, Op.FLATTEN, (low.value(source),)).name = ""
-            return
+    signs = source in low.signs
+    index = low.signs[source] if signs else low.value(source)
+    h, w, _ = low.values[index].shape
+    if size is not None and size[1] == 1 and h * w > 1 and size[0][2] == source.meta["val"][0].numel():
+        made = low.emit(node, Op.FLATTEN, (index,))
+        made.name = ""
+        if signs:  # of what is flattened
+            assert made.out is not None
+            low.signs[node] = made.out
+            del low.where[node]
+        return
     low.same(node, source)
 
 
@@ -786,16 +904,29 @@ def _reshape(low: _Lowering, node: fx.Node, arguments: dict[str, Any]) -> None:
     "identity",
 )
 def _nothing(low: _Lowering, node: fx.Node, arguments: dict[str, Any]) -> None:
+    if arguments.get("train") and arguments.get("p"):
+        raise low.refuse("it is random: it drops values in evaluation too.")
     if node.meta["val"].dtype != torch.float32:
         raise low.refuse(f"it gives {node.meta['val'].dtype}; only float32 is known.")
     low.same(node, arguments.get("self", arguments.get("input")))
 
 
-@_handles("max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d")
-def _pool(low: _Lowering, node: fx.Node, arguments: dict[str, Any]) -> None:
-    name = str(node.target)
+def _pool_name(node: fx.Node) -> str:
+    """Of a pooling operation, or of the one whose first result this is."""
+    return _name(cast(fx.Node, node.args[0]) if _name(node) == "getitem" else node)
+
+
+def _pool_dims(low: _Lowering, node: fx.Node, name: str) -> int:
     dims = 1 if "pool1d" in name else 2
-    average = "avg" in name
+    if node.meta["val"].dim() != dims + 2:
+        raise low.refuse("its input has no batch dimension.")
+    return dims
+
+
+@_handles("max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d", "max_pool1d_with_indices", "max_pool2d_with_indices")
+def _pool(low: _Lowering, node: fx.Node, arguments: dict[str, Any]) -> None:
+    average = "divisor_override" in arguments or "count_include_pad" in arguments
+    dims = _pool_dims(low, node, _pool_name(node))
     kernel = _pair(arguments["kernel_size"], dims)
     if arguments.get("divisor_override") is not None:
         raise low.refuse("it has a divisor_override.")
@@ -813,16 +944,17 @@ def _pool(low: _Lowering, node: fx.Node, arguments: dict[str, Any]) -> None:
         made.count_padding = False
 
 
-@_handles("adaptive_avg_pool1d", "adaptive_avg_pool2d", "mean", "amax")
+@_handles("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_max_pool1d", "adaptive_max_pool2d", "mean", "amax")
 def _global_pool(low: _Lowering, node: fx.Node, arguments: dict[str, Any]) -> None:
     source = arguments["self"]
     index = low.value(source)
     h, w, _ = low.values[index].shape
     dims = source.meta["val"].dim()
-    if "adaptive" in str(node.target):
-        size = _pair(arguments["output_size"], dims - 2)
+    name = _pool_name(node)
+    if "adaptive" in name:
+        size = _pair(arguments["output_size"], _pool_dims(low, node, name))
         if h % size[0] or w % size[1]:
-            raise low.refuse(f"its output size {size} does not divide {h}x{w}.")
+            raise low.refuse(f"its output size {size[0]}x{size[1]} does not divide {h}x{w}.")
         kernel = (h // size[0], w // size[1])
     else:
         reduced = arguments.get("dim")
@@ -830,7 +962,7 @@ def _global_pool(low: _Lowering, node: fx.Node, arguments: dict[str, Any]) -> No
         if sorted(d % dims for d in reduced) != list(range(2, dims)):
             raise low.refuse("it reduces other dimensions than all spatial ones.")
         kernel = (h, w)
-    op = Op.MAX_POOL if "amax" in str(node.target) else Op.AVERAGE_POOL
+    op = Op.MAX_POOL if "max" in name else Op.AVERAGE_POOL
     low.emit(node, op, (index,), kernel=kernel, stride=kernel)
 
 

@@ -11,6 +11,8 @@ from abste.deploy import steps as step_functions
 from abste.deploy.graph import WITH_VALUE, Array, Graph, Kind, Node, Op, Step, StepKind
 
 _LINEAR = (StepKind.AFFINE, StepKind.MULTIPLY, StepKind.ADD)
+_TABLE = 2**22
+"""Numbers that are evaluated at once in search of a threshold: 16 MiB."""
 
 
 def simplify(graph: Graph) -> Graph:
@@ -26,44 +28,34 @@ def simplify(graph: Graph) -> Graph:
 
 def fuse(graph: Graph) -> None:
     """Give the steps and the bits of identity nodes to the node that writes what they read."""
-    changed = True
-    while changed:
-        changed = False
-        remove_dead(graph)
-        readers = Counter(index for node in graph.nodes for index in node.read())
-        position = {index: number for number, node in enumerate(graph.nodes) for index in node.written()}
-        for number, node in enumerate(graph.nodes):
-            source = node.inputs[0]
-            if node.op is not Op.IDENTITY or source not in position:
+    remove_dead(graph)
+    readers = Counter(index for node in graph.nodes for index in node.read())
+    nodes: list[Node | None] = []
+    place: dict[int, int] = {}  # where in `nodes` a value is written
+    same: dict[int, int] = {}  # a bits value that is gone, and the one that holds the same
+    for node in graph.nodes:
+        node.inputs = tuple(same.get(index, index) for index in node.inputs)
+        source = node.inputs[0]
+        at = place.get(source)
+        before = None if at is None or node.op is not Op.IDENTITY else nodes[at]
+        if at is not None and before is not None:
+            if not node.steps and node.out is None and node.bits is not None:
+                if before.bits is None:
+                    before.bits, place[node.bits] = node.bits, at
+                else:
+                    same[node.bits] = before.bits
                 continue
-            before = graph.nodes[position[source]]
-            shared = readers[source] > 1 or graph.values[source].output
-            if not node.steps and node.bits is not None and node.out is None:
-                _give_bits(graph, before, node.bits)
-                del graph.nodes[number]
-            elif not shared and before.bits is None:
-                needed = [position.get(index, -1) for index in node.read()[1:]]
-                at = number if max(needed, default=-1) > position[source] else position[source]
+            if readers[source] == 1 and not graph.values[source].output and before.bits is None:
                 before.steps += node.steps
                 before.out, before.bits = node.out, node.bits
-                graph.nodes.remove(before) if at == number else None
-                if at == number:
-                    graph.nodes[number - 1] = before
-                else:
-                    del graph.nodes[number]
-            else:
+                if any(place.get(index, -1) > at for index in node.read()[1:]):  # it has to wait for these
+                    nodes[at], at = None, len(nodes)
+                    nodes.append(before)
+                place.update(dict.fromkeys(before.written(), at))
                 continue
-            changed = True
-            break
-
-
-def _give_bits(graph: Graph, node: Node, bits: int) -> None:
-    """Let a node write the signs of its output, as this value or as one that it writes already."""
-    if node.bits is None:
-        node.bits = bits
-        return
-    for other in graph.nodes:
-        other.inputs = tuple(node.bits if index == bits else index for index in other.inputs)
+        place.update(dict.fromkeys(node.written(), len(nodes)))
+        nodes.append(node)
+    graph.nodes[:] = [node for node in nodes if node is not None]
 
 
 def merge_linear(steps: list[Step]) -> list[Step]:
@@ -75,7 +67,11 @@ def merge_linear(steps: list[Step]) -> list[Step]:
             continue
         a1, b1 = _coefficients(merged[-1])
         a2, b2 = _coefficients(step)
-        merged[-1] = linear(a1 * a2, b1 * a2 + b2, step.name)
+        a, b = a1 * a2, b1 * a2 + b2
+        if max(np.abs(a).max(initial=0), np.abs(b).max(initial=0)) <= np.finfo(np.float32).max:
+            merged[-1] = linear(a, b, step.name)
+        else:  # 0 times infinity would be no number
+            merged.append(step)
     return merged
 
 
@@ -125,22 +121,26 @@ def to_threshold(graph: Graph, node: Node) -> None:
     if any(step.kind in (*WITH_VALUE, StepKind.THRESHOLD) for step in node.steps):
         return
     channels, reach = node.weight.shape[0], int(np.prod(node.weight.shape[1:]))
-    sums = np.arange(-reach, reach + 1)
-    v: Array = np.broadcast_to(sums[:, None].astype(np.float32), (len(sums), channels))
-    for step in node.steps:
-        v = step_functions.apply(step, v)
-    positive = v >= 0
-    if ((positive[1:] != positive[:-1]).sum(0) > 1).any():
-        return
+    sums = np.arange(-reach, reach + 1, dtype=np.int32)
     pairs = np.empty((channels, 2), np.int32)
-    for o in range(channels):
-        where = sums[positive[:, o]]
-        if len(where) == 0:
-            pairs[o] = 2**31 - 1, 1
-        elif len(where) == len(sums):
-            pairs[o] = -(2**31), 1
-        else:
-            pairs[o] = (where[0], 1) if positive[-1, o] else (-where[-1], -1)
+    at_once = max(1, _TABLE // len(sums))
+    for first in range(0, channels, at_once):
+        part = slice(first, first + at_once)
+        v: Array = np.repeat(sums.astype(np.float32)[:, None], len(pairs[part]), 1)
+        for step in node.steps:
+            a, b = (None if array is None else array[part] for array in (step.a, step.b))
+            v = step_functions.apply(replace(step, a=a, b=b), v)
+        positive = v >= 0
+        if ((positive[1:] != positive[:-1]).sum(0) > 1).any():
+            return
+        for o, column in enumerate(positive.T, first):
+            where = sums[column]
+            if len(where) == 0:
+                pairs[o] = 2**31 - 1, 1
+            elif len(where) == len(sums):
+                pairs[o] = -(2**31), 1
+            else:
+                pairs[o] = (where[0], 1) if column[-1] else (-where[-1], -1)
     name = node.steps[-1].name if node.steps else ""
     node.steps = [Step(StepKind.THRESHOLD, name, pairs)]
 

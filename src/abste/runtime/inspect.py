@@ -49,7 +49,7 @@ def describe(network: Network) -> str:
 
 
 def _short(step: str, node: str) -> str:
-    """The last part of a module's name, but the whole of one that encloses the node, such as a block with a shortcut."""
+    """The last part of a module's name, but the whole of one that encloses the node: a block with a shortcut."""
     return step if node.startswith(f"{step}.") else step.rpartition(".")[2]
 
 
