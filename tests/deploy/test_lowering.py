@@ -493,7 +493,10 @@ def chain(act: Callable[[], nn.Module], batch_norm: nn.Module | None = None) -> 
         (lambda: Forward(lambda m, x: F.hardswish(x) + 0.25), False),
         (lambda: Forward(lambda m, x: F.prelu(x, m.a) - 0.5, a=torch.tensor([-1.0])), False),
     ],
-    ids=str,
+    ids=[
+        *("identity", "hardtanh", "relu", "tanh", "sigmoid", "leaky", "leaky, negative", "linear"),
+        *("silu", "gelu", "hardswish", "prelu"),
+    ],
 )
 def test_thresholds_where_the_steps_rise_or_fall(act: Callable[[], nn.Module], threshold: bool) -> None:
     model = chain(act)
