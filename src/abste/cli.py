@@ -401,16 +401,21 @@ def _quickstart(arguments: argparse.Namespace) -> int:
     again = evaluate(out)
     print(f"\n{_result_lines(result)}")
     print(f"loaded again from {out}/weights.safetensors: {again['accuracy']:.2%}")
-    print(
-        "\nNext:\n"
-        f"  abste eval {out}                                       evaluate it again\n"
-        f"  abste export {out} digits.abste                        pack it into one small file\n"
-        f"  tensorboard --logdir {out}/tensorboard                 look at the curves\n"
-        "  abste recipes                                            what else can be trained\n"
-        "  abste train cifar10-resnet20-w1a32 --data data --out runs/r20\n"
-        "                                                           ResNet-20 on CIFAR-10 (downloaded into data/)\n"
-        f"and in Python: model = abste.load_run({out!r})"
-    )
+    hints = [
+        (f"abste eval {out}", "evaluate it again"),
+        (f"abste export {out} digits.abste", "pack it into one small file"),
+        (f"tensorboard --logdir {out}/tensorboard", "look at the curves"),
+        ("abste recipes", "what else can be trained"),
+        (
+            "abste train cifar10-resnet20-w1a32 --data data --out runs/r20",
+            "ResNet-20 on CIFAR-10, downloaded into data/",
+        ),
+    ]
+    width = max(len(command) for command, _ in hints)
+    print("\nNext:")
+    for command, what in hints:
+        print(f"  {command:{width}}  {what}")
+    print(f"and in Python: model = abste.load_run({out!r})")
     return 0
 
 

@@ -774,6 +774,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
         (4, 2, 4),
         r"combines \(2, 4, 2, 4\) and \(2, 4\)",
     ),
+    "aligned to the right, first": (
+        lambda: Forward(lambda m, x: x.mean((2, 3)) * x),
+        (4, 2, 4),
+        r"combines \(2, 4\) and \(2, 4, 2, 4\)",
+    ),
     "a constant per pixel": (
         lambda: Forward(lambda m, x: x + m.c, c=torch.ones(8, 6)),
         IMAGE,

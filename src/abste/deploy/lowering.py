@@ -519,7 +519,7 @@ class _Lowering:
         handler(self, node, arguments)
         if not isinstance(source, fx.Node):
             return
-        if in_place or name in _KEEPS_MEMORY or any(result.alias_info for result in schema.returns):
+        if in_place or any(result.alias_info for result in schema.returns):
             self.roots[node] = self.roots.get(source, source)
         if in_place:
             self.changed(source, node)
@@ -581,7 +581,6 @@ _FIRST_OF_TWO = (  # operations whose first result alone is of use
     "max_pool1d_with_indices",
     "max_pool2d_with_indices",
 )
-_KEEPS_MEMORY = ("dropout", "feature_dropout", "alpha_dropout")  # in evaluation they give what they get
 _IGNORED = ("_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_size")
 
 
