@@ -200,6 +200,33 @@ def test_bits_may_differ_only_next_to_zero(shift: float, passes: bool) -> None:
         assert found.differing_bits == 20 and found.farthest_bit == 0
 
 
+class Twice(nn.Module):
+    """A binary layer that is called twice, and two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = abste.nn.BinaryConv2d(3, 3, 3, padding=1, bias=False, activations="ste")
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        first = self.conv(x)
+        return self.conv(first - 1.5).mean((2, 3)), first
+
+
+def test_layers_that_are_called_twice_and_several_outputs() -> None:
+    torch.manual_seed(0)
+    model = Twice().eval()
+    file = abste_format.write(lower(model, EXAMPLE).graph)
+    constants, noise = verify_file(model, file, EXAMPLE)
+    assert constants.passed and noise.passed, str(noise)
+    assert noise.integers == 2 * 64 * 3 * 12 * 12
+    # The second output counts as well.
+    graph = abste_format.read(file)
+    for node in graph.nodes:
+        if node.out is not None and graph.values[node.out].output and graph.values[node.out].rank == 3:
+            node.steps = [*node.steps, Step(StepKind.ADD, a=np.full(3, 1e-3, np.float32))]
+    assert not verify(model, abste_format.write(graph), random_batches((3, 12, 12)), "noise").passed
+
+
 def test_a_file_of_another_model_fails() -> None:
     file = abste_format.write(lower(resnet(True), EXAMPLE).graph)
     torch.manual_seed(7)

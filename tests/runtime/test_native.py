@@ -44,7 +44,7 @@ def test_every_number_of_every_node(random_graph: Build, seed: int, threads: int
     result = run(graph, [x])
     network = loaded(graph)
     points = [(n, step) for n, node in enumerate(graph.nodes) for step in range(-1, len(node.steps))]
-    output, traced = network.trace(np.moveaxis(x, -1, 1), points, threads=threads)
+    (output,), traced = network.trace(np.moveaxis(x, -1, 1), points, threads=threads)
     for (n, step), found in zip(points, traced, strict=True):
         wanted = np.asarray(result.points[n][step + 1])
         assert_same_bits(found, wanted, f"node {n} ({graph.nodes[n].op.name}), step {step}")

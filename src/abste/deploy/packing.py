@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from abste.deploy import format as abste_format
 from abste.deploy.graph import Graph
@@ -198,7 +199,8 @@ def _rounding(model: nn.Module, source: str, batches: Iterable[Batch]) -> Roundi
     found = Rounding(source)
     correct = [0, 0]
     for images, labels in batches:
-        a, b = before(images).flatten(1), after(images).flatten(1)
+        # Of several outputs, the first one is taken for the logits.
+        a, b = (tree_leaves(one(images))[0].flatten(1) for one in (before, after))
         largest = a.abs().amax(1).clamp(min=1e-30)
         found.difference = max(found.difference, float(((a - b).abs().amax(1) / largest).max()))
         found.agreement += int((a.argmax(1) == b.argmax(1)).sum())

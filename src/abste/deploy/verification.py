@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from abste.deploy import format as abste_format
 from abste.deploy.graph import Array, Graph, Node, Op
@@ -240,19 +241,19 @@ def _compare(
     reference_images: int,
     threads: int | None,
 ) -> None:
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, list[Tensor]] = {}  # a layer may be called several times
 
     def keep(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen[name] = args[0].detach()
+            seen.setdefault(name, []).append(args[0].detach())
 
         return hook
 
     nodes = [(number, node) for number, node in enumerate(graph.nodes) if node.op is Op.XNOR and node.name in layers]
-    handles = [layers[node.name].register_forward_pre_hook(keep(node.name)) for _, node in nodes]
+    handles = [layers[name].register_forward_pre_hook(keep(name)) for name in {node.name for _, node in nodes}]
     try:
         with torch.no_grad():
-            expected = model(images).float().numpy()
+            results = [output.float().numpy() for output in tree_leaves(model(images)) if isinstance(output, Tensor)]
     finally:
         for handle in handles:
             handle.remove()
@@ -260,14 +261,14 @@ def _compare(
     producers = {index: number for number, node in enumerate(graph.nodes) for index in node.written()}
     points = [(number, -1) for number, _ in nodes]
     points += [(p := producers[node.inputs[0]], len(graph.nodes[p].steps) - 1) for _, node in nodes]
-    logits, traced = network.trace(inputs, points, threads=threads)
+    outputs, traced = network.trace(inputs, points, threads=threads)
 
     n = len(images)
     clean = np.ones(n, bool)
     for position, (_, node) in enumerate(nodes):
         layer = layers[node.name]
         bits = torch.from_numpy(np.moveaxis(traced[len(nodes) + position], -1, 1) >= 0)
-        before = seen[node.name]
+        before = seen[node.name].pop(0)
         bits = bits.reshape(before.shape)
         sums = torch.from_numpy(np.moveaxis(traced[position], -1, 1))
         wanted = _integers(layer, bits)
@@ -287,12 +288,16 @@ def _compare(
             clean &= ~differs.flatten(1).any(1).numpy()
     found.images_with_bits += int((~clean).sum())
 
-    largest = np.abs(expected).reshape(n, -1).max(1)
-    off = np.abs(expected - logits).reshape(n, -1).max(1) / np.maximum(largest, 1e-30)
-    off = np.where(np.isfinite(logits).reshape(n, -1).all(1), off, np.inf)
+    off = np.zeros(n)
+    for wanted_output, output in zip(results, outputs, strict=True):
+        largest = np.abs(wanted_output).reshape(n, -1).max(1)
+        difference = np.abs(wanted_output - output).reshape(n, -1).max(1) / np.maximum(largest, 1e-30)
+        off = np.maximum(off, np.where(np.isfinite(output).reshape(n, -1).all(1), difference, np.inf))
     if clean.any():
         found.logit_difference = max(found.logit_difference, float(off[clean].max()))
         found.images_off += int((off[clean] > TOLERANCE).sum())
+    expected, logits = results[0], outputs[0]  # of several outputs, the first one is taken for the logits
+    largest = np.abs(expected).reshape(n, -1).max(1)
     if expected.ndim == 2:
         first, second = expected.argmax(1), logits.argmax(1)
         rows = np.arange(n)

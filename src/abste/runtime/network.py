@@ -168,8 +168,8 @@ class Network:
 
     def trace(
         self, inputs: Any, points: Iterable[tuple[int, int]], *, threads: int | None = None
-    ) -> tuple[Array, list[Array]]:
-        """What nodes compute on the way, for checking: the first output, and an array per point.
+    ) -> tuple[list[Array], list[Array]]:
+        """What nodes compute on the way, for checking: the outputs, and an array per point.
 
         Args:
             inputs: of a network with one input, as when calling it with ``layout="nchw"``.
@@ -177,10 +177,9 @@ class Network:
             threads: see :meth:`__call__`.
 
         Returns:
-            The first output (N, ...) and for each point (N, h, w, c).
+            The outputs (N, ...) and for each point (N, h, w, c).
         """
-        outputs, buffers = self._run((inputs,), list(points), "nchw", threads)
-        return outputs[0], buffers
+        return self._run((inputs,), list(points), "nchw", threads)
 
     def _run(
         self, inputs: tuple[Any, ...], points: list[tuple[int, int]], layout: Layout, threads: int | None
