@@ -1,4 +1,4 @@
-"""Each formula, written out once more in NumPy: F by its definition, F' by finite differences of that."""
+"""Each formula, written out once more: F by its definition in NumPy, F' by finite differences of that or by SymPy."""
 
 from __future__ import annotations
 
@@ -6,11 +6,30 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import sympy
 import torch
 from numpy.typing import NDArray
 
 from abste import estimators
-from abste.estimators import EDE, STE, ABArcTan, ABTanh, ApproxSign, Constant, Estimator, IdentitySTE, Progress, ReSTE
+from abste.estimators import (
+    EDE,
+    FDA,
+    RBNN,
+    STE,
+    ABArcTan,
+    ABTanh,
+    ApproxSign,
+    BiPer,
+    Constant,
+    Estimator,
+    ExSTE,
+    IdentitySTE,
+    Progress,
+    ReSTE,
+    SigmoidSign,
+    StochasticSign,
+    SwishSign,
+)
 
 Array = NDArray[np.float64]
 
@@ -38,6 +57,55 @@ def reste(x: Array, p: float) -> Array:
     o = 1 + (1 - np.cos(np.pi * p / 2)) * 4.0
     size = np.minimum(np.abs(x), 1.4)
     return np.sign(x) * np.where(size <= 0.2, size * 0.2 ** (1 / o) / 0.2, size ** (1 / o))
+
+
+def logistic(x: Array) -> Array:
+    return 1 / (1 + np.exp(-x))
+
+
+def swish_sign(x: Array, p: float) -> Array:
+    """2 (z logistic(z))' - 1 at z = 3 x, the derivative written out by the product rule."""
+    g = logistic(3.0 * x)
+    return 2 * (g + 3.0 * x * g * (1 - g)) - 1
+
+
+def sigmoid_sign(x: Array, p: float) -> Array:
+    return logistic(2.5 * x) - logistic(-2.5 * x)
+
+
+def parabola(x: Array, s: float) -> Array:
+    """RBNN's surrogate as its vertex form: 1 - (1 - s |x| / sqrt 2)^2 up to the vertex."""
+    rest = np.maximum(1 - s * np.abs(x) / np.sqrt(2), 0)
+    return np.sign(x) * max(1 / s, 1) * (1 - rest**2)
+
+
+def rbnn(x: Array, p: float) -> Array:
+    return parabola(x, 0.05 * (8.0 / 0.05) ** p)
+
+
+def rbnn_with_floor(x: Array, p: float) -> Array:
+    return parabola(x, max(0.05 * (8.0 / 0.05) ** p, 0.7))
+
+
+def fda(x: Array, p: float) -> Array:
+    n = [2, 3, 4, 7][[0.0, 0.3, 0.5, 1.0].index(p)]
+    y = np.clip(x, -2.0, 2.0)
+    return sum(4 / np.pi * np.sin(m * 0.7 * y) / m for m in range(1, 2 * n + 2, 2))
+
+
+def exste(x: Array, p: float) -> Array:
+    o = 10 ** (2.8 * p - 2)
+    return np.sign(x) * (1 - np.exp(-o * np.minimum(np.abs(x), 1.5))) / (1 - np.exp(-o))
+
+
+def biper(x: Array, p: float) -> Array:
+    return np.sin(3.0 * x)
+
+
+def stochastic_sign(x: Array, p: float) -> Array:
+    """The expectation: one times the probability of +1, less that of -1."""
+    probability = np.clip((x + 1) / 2, 0, 1)
+    return probability - (1 - probability)
 
 
 def blend(x: Array, a: float, phi: Callable[[Array], Array]) -> Array:
@@ -71,6 +139,14 @@ CASES: list[tuple[Estimator, Callable[[Array, float], Array]]] = [
     (ApproxSign(), approx_sign),
     (EDE(s_min=0.02, s_max=20.0), ede),
     (ReSTE(o_end=5.0, t=1.4, m=0.2), reste),
+    (SwishSign(beta=3.0), swish_sign),
+    (SigmoidSign(k=2.5), sigmoid_sign),
+    (RBNN(s_min=0.05, s_max=8.0), rbnn),
+    (RBNN(s_min=0.05, s_max=8.0, s_floor=0.7), rbnn_with_floor),
+    (FDA(omega=0.7, t=2.0, n_start=2, n_end=7), fda),
+    (ExSTE(), exste),
+    (BiPer(omega=3.0), biper),
+    (StochasticSign(), stochastic_sign),
     (ABTanh(k=3.0, t=2.0, a_start=0.2, a_end=0.7), ab_tanh),
     (ABTanh(k=3.0, t=2.0, a_end=0.75, blend="constant", normalized=False), ab_tanh_raw),
     (ABArcTan(k=4.0, t=2.0, blend=Progress(0.1, 0.9, "linear")), ab_arctan),
@@ -90,9 +166,117 @@ def test_surrogate_and_slope(estimator: Estimator, function: Callable[[Array, fl
 
 
 def test_every_estimator_has_a_case() -> None:
-    assert {estimator.name for estimator, _ in CASES} == set(estimators.available())
+    assert {estimator.name for estimator, _ in CASES} >= set(estimators.available())
 
 
 def test_constant_blend() -> None:
     assert Constant(0.3).weight() == 0.3
     assert list(Constant(0.3).state_dict()) == []
+
+
+# The slopes of the literature, as its authors write them, against the derivative that SymPy takes of F
+
+
+X = sympy.Symbol("x", positive=True)  # every F here is odd
+
+
+def derived(slope: sympy.Expr, surrogate: sympy.Expr) -> bool:
+    """Whether the slope is the derivative of the surrogate, to thirty digits at seven points."""
+    difference = slope - sympy.diff(surrogate, X)
+    points = [sympy.Rational(n, 7) for n in (1, 2, 3, 5, 8, 13, 21)]
+    return all(abs(sympy.N(difference.subs(X, point), 30)) < 1e-25 for point in points)
+
+
+def assert_is(estimator: Estimator, slope: sympy.Expr, step: int = 0) -> None:
+    """The estimator's slope is the expression's value, after ``step`` per cent of training."""
+    estimators.EstimatorSchedule(estimator, 100).load_state_dict({"last_step": step, "total_steps": 100})
+    points = [0.0, 1e-3, 0.05, 0.13, 0.3, 0.47, 0.62, 0.99]
+    wanted = [float(sympy.limit(slope, X, 0) if point == 0 else sympy.N(slope.subs(X, point), 20)) for point in points]
+    for sign in (1, -1):
+        found = estimator.slope(torch.tensor(points, dtype=torch.float64) * sign)
+        np.testing.assert_allclose(found.numpy(), wanted, rtol=2e-6, atol=1e-7)
+
+
+def test_swish_sign() -> None:
+    beta = sympy.Integer(5)
+    logistic = 1 / (1 + sympy.exp(-beta * X))
+    surrogate = 2 * logistic * (1 + beta * X * (1 - logistic)) - 1
+    slope = beta * (2 - beta * X * sympy.tanh(beta * X / 2)) / (1 + sympy.cosh(beta * X))
+    assert derived(slope, surrogate)
+    swish = X * logistic
+    assert derived(slope, 2 * sympy.diff(swish, X) - 1), "twice the derivative of the swish function, less one"
+    assert_is(SwishSign(), slope)
+    zero = sympy.nsolve(slope.subs(X, X / beta), X, 2.4)
+    least = sympy.nsolve(sympy.diff(slope, X).subs(X, X / beta), X, 3.4)
+    assert float(zero) == pytest.approx(2.3994, abs=5e-5), "the docstring's figures"
+    assert float(least) == pytest.approx(3.4358, abs=5e-5)
+    assert float(slope.subs(X, least / beta) / beta) == pytest.approx(-0.0738, abs=5e-5)
+    assert float(surrogate.subs(X, zero / beta)) == pytest.approx(1.1997, abs=5e-5)
+
+
+def test_sigmoid_sign() -> None:
+    logistic = 1 / (1 + sympy.exp(-3 * X))
+    slope = 2 * 3 * logistic * (1 - logistic)
+    assert derived(slope, 2 * logistic - 1)
+    assert_is(SigmoidSign(), slope)
+    ede = EDE(s_min=1.5, s_max=1.5)
+    x = torch.linspace(-9, 9, 99, dtype=torch.float64)
+    torch.testing.assert_close(SigmoidSign().slope(x), ede.slope(x), rtol=1e-6, atol=0)
+    torch.testing.assert_close(SigmoidSign().surrogate(x), ede.surrogate(x))
+
+
+@pytest.mark.parametrize(
+    ("role", "step", "s"),
+    [
+        ("weights", 0, "0.01"),
+        ("weights", 100, "10"),
+        ("activations", 0, "1"),
+        ("activations", 60, "1"),
+        ("activations", 100, "10"),
+    ],
+)
+def test_rbnn(role: estimators.Role, step: int, s: str) -> None:
+    sharpness = sympy.Rational(s)
+    k = sympy.Max(1 / sharpness, 1)
+    inside = k * (sympy.sqrt(2) * sharpness * X - sharpness**2 * X**2 / 2)
+    slope = sympy.Piecewise((sympy.diff(inside, X), sharpness * X < sympy.sqrt(2)), (0, True))
+    estimator = estimators.resolve("rbnn", role)
+    assert isinstance(estimator, RBNN)
+    assert_is(estimator, slope, step)
+    edge = sympy.sqrt(2) / sharpness
+    assert sympy.simplify(inside.subs(X, edge) - k) == 0 and sympy.simplify(sympy.diff(inside, X).subs(X, edge)) == 0
+    assert estimator.surrogate(torch.tensor([1e3, -1e3])).tolist() == pytest.approx([float(k), -float(k)])
+
+
+def test_rbnn_contains_approx_sign() -> None:
+    x = torch.linspace(-2, 2, 81, dtype=torch.float64)
+    estimator = RBNN(s_min=2**0.5, s_max=2**0.5)
+    torch.testing.assert_close(estimator.slope(x), ApproxSign().slope(x), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(estimator.surrogate(x), ApproxSign().surrogate(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("step", "n"), [(0, 9), (50, 13), (99, 17), (100, 18)])
+def test_fda(step: int, n: int) -> None:
+    omega = sympy.Rational(1, 10)
+    odds = range(1, 2 * n + 2, 2)
+    surrogate = 4 / sympy.pi * sympy.Add(*(sympy.sin(i * omega * X) / i for i in odds))
+    slope = 4 * omega / sympy.pi * sympy.Add(*(sympy.cos(i * omega * X) for i in odds))
+    assert derived(slope, surrogate)
+    assert_is(FDA(), slope, step)
+    first_zero = float(sympy.pi / (2 * omega * (n + 1)))
+    assert float(sympy.N(slope.subs(X, first_zero))) == pytest.approx(0, abs=1e-12)
+    assert {9: 1.57, 13: 1.12, 17: 0.87, 18: 0.83}[n] == pytest.approx(first_zero, abs=5e-3), "the docstring's figures"
+
+
+@pytest.mark.parametrize(("step", "o"), [(0, sympy.Rational(1, 100)), (100, 10 ** sympy.Rational(4, 5))])
+def test_exste(step: int, o: sympy.Expr) -> None:
+    surrogate = (1 - sympy.exp(-o * X)) / (1 - sympy.exp(-o))
+    slope = o * sympy.exp(-o * X) / (1 - sympy.exp(-o))
+    assert derived(slope, surrogate)
+    assert sympy.simplify(surrogate.subs(X, 1)) == 1
+    assert_is(ExSTE(), slope, step)
+
+
+def test_exste_is_ste_for_a_small_o() -> None:
+    x = torch.linspace(-2, 2, 81, dtype=torch.float64)
+    assert float((ExSTE(o_start=1e-4).slope(x) - STE(t=1.5).slope(x)).abs().max()) < 2e-4

@@ -218,8 +218,9 @@ def test_half_precision_over_its_whole_range(name: str, make: Make, dtype: torch
         wide, half = slope(binarizer, x.float()), slope(binarizer, x)
         assert half.isfinite().all()
         assert half.dtype == dtype
-        exponent = (wide.clamp(min=1e-30) / wide.max()).log().abs()
-        tolerance = unit * (4 + 2 * exponent) * wide + 4 * torch.finfo(dtype).smallest_normal
+        size = wide.abs()
+        exponent = (size.clamp(min=1e-30) / size.max()).log().abs()
+        tolerance = unit * (4 + 2 * exponent) * size + 4 * torch.finfo(dtype).smallest_normal
         assert ((half.float() - wide).abs() <= tolerance).all()
 
 

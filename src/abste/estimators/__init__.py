@@ -15,30 +15,46 @@ from abste.estimators.base import (
     resolve,
     sign,
 )
+from abste.estimators.biper import BiPer
 from abste.estimators.blends import Blend, Constant, Progress
 from abste.estimators.ede import EDE
+from abste.estimators.ewgs import EWGS
+from abste.estimators.exste import ExSTE
+from abste.estimators.fda import FDA
+from abste.estimators.rbnn import RBNN
 from abste.estimators.reste import ReSTE
 from abste.estimators.schedule import EstimatorSchedule
+from abste.estimators.sigmoid_sign import SigmoidSign
 from abste.estimators.ste import STE, IdentitySTE
+from abste.estimators.stochastic_sign import StochasticSign
+from abste.estimators.swish_sign import SwishSign
 
 __all__ = [
     "EDE",
+    "EWGS",
+    "FDA",
+    "RBNN",
     "STE",
     "ABArcTan",
     "ABTanh",
     "AdaptiveBlend",
     "Annealed",
     "ApproxSign",
+    "BiPer",
     "Binarizer",
     "Blend",
     "Constant",
     "Estimator",
     "EstimatorSchedule",
+    "ExSTE",
     "IdentitySTE",
     "Progress",
     "ReSTE",
     "Role",
+    "SigmoidSign",
     "Spec",
+    "StochasticSign",
+    "SwishSign",
     "available",
     "clip_gradient",
     "get",
