@@ -65,8 +65,8 @@ def test_out_of_range(name: str, argument: str, value: float) -> None:
         (ABTanh, {"a_start": 2, "blend": Constant(0.5)}, "ABTanh: a_start must lie in [0, 1], got 2.0."),
         (ABTanh, {"normalized": "no"}, "ABTanh: normalized must be true or false, got 'no'."),
         (ABTanh, {"blend": "progres"}, "unknown blend 'progres'; did you mean 'progress'?"),
-        (ABTanh, {"blend": 0.5}, "unknown blend 0.5; known: constant, progress."),
-        (ABTanh, {"blend": None}, "unknown blend None; known: constant, progress."),
+        (ABTanh, {"blend": 0.5}, "unknown blend 0.5; known: constant, equilibrium, gate, learned, progress."),
+        (ABTanh, {"blend": None}, "unknown blend None; known: constant, equilibrium, gate, learned, progress."),
         (STE, {"t": -math.inf}, "STE: t must be positive, got -inf."),
         (ApproxSign, {"t": 2.0}, "ApproxSign takes no argument 't', nor any other."),
         (EDE, {"s_min": 20.0}, "EDE: needs 1e-6 <= s_min <= s_max <= 1e4, got s_min=20.0 and s_max=10.0."),
@@ -191,8 +191,8 @@ def test_objects_are_copied() -> None:
     assert len({id(original), id(first), id(second)}) == 3
     assert (original.t, first.t, second.t) == (3.0, 3.0, 1.5)
     EstimatorSchedule(first, 10).step()
-    assert float(first.blend.weight()) > 0
-    assert float(original.blend.weight()) == float(second.blend.weight()) == 0.0
+    assert float(first.blend.weight(torch.ones(1))) > 0
+    assert float(original.blend.weight(torch.ones(1))) == float(second.blend.weight(torch.ones(1))) == 0.0
 
 
 def test_a_copy_keeps_where_its_original_stood() -> None:
@@ -207,7 +207,7 @@ def test_a_copy_keeps_where_its_original_stood() -> None:
 def test_a_blend_object_overrides_the_numbers() -> None:
     estimator = resolve(ABTanh(a_end=0.9, blend=Constant(0.25)), "activations")
     assert isinstance(estimator, ABTanh)
-    assert estimator.blend.weight() == 0.25
+    assert estimator.blend.weight(torch.ones(1)) == 0.25
 
 
 def test_none_and_repr() -> None:

@@ -170,7 +170,7 @@ def test_every_estimator_has_a_case() -> None:
 
 
 def test_constant_blend() -> None:
-    assert Constant(0.3).weight() == 0.3
+    assert Constant(0.3).weight(torch.ones(1)) == 0.3
     assert list(Constant(0.3).state_dict()) == []
 
 

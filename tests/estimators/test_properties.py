@@ -200,7 +200,7 @@ def test_ab_ste_blend_rises(cls: type[AdaptiveBlend], make: Make) -> None:
         estimator = make(cls.name, step)
         assert isinstance(estimator, AdaptiveBlend)
         errors.append((estimator.surrogate(x) - sign(x)).square().mean().item())
-        weights.append(float(estimator.blend.weight()))
+        weights.append(float(estimator.blend.weight(x)))
     assert errors == sorted(errors, reverse=True), "the estimating error falls as the blend rises"
     assert weights == sorted(weights) and weights[0] == 0.0 and weights[-1] == pytest.approx(0.9)
 

@@ -16,7 +16,7 @@ from abste.estimators.base import (
     sign,
 )
 from abste.estimators.biper import BiPer
-from abste.estimators.blends import Blend, Constant, Progress
+from abste.estimators.blends import Blend, Constant, Equilibrium, Gate, Learned, Progress
 from abste.estimators.ede import EDE
 from abste.estimators.ewgs import EWGS
 from abste.estimators.exste import ExSTE
@@ -44,10 +44,13 @@ __all__ = [
     "Binarizer",
     "Blend",
     "Constant",
+    "Equilibrium",
     "Estimator",
     "EstimatorSchedule",
     "ExSTE",
+    "Gate",
     "IdentitySTE",
+    "Learned",
     "Progress",
     "ReSTE",
     "Role",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +30,7 @@ class AdaptiveBlend(Estimator):
         self,
         k: float | None = None,
         t: float | None = None,
-        blend: str | Blend = "progress",
+        blend: str | Mapping[str, Any] | Blend = "progress",
         a_start: float | None = None,
         a_end: float | None = None,
         normalized: bool = True,
@@ -37,14 +39,14 @@ class AdaptiveBlend(Estimator):
         if not isinstance(normalized, bool):
             raise ConfigError(f"{type(self).__name__}: normalized must be true or false, got {normalized!r}.")
         self.normalized = normalized
-        self._blend_name = None if isinstance(blend, Blend) else blend
+        self._blend_spec = None if isinstance(blend, Blend) else blend
         self.blend = blend if isinstance(blend, Blend) else make_blend(blend, self.a_start, self.a_end)
 
     def set_role(self, role: Role) -> None:
         super().set_role(role)
-        if self._blend_name is not None:
+        if self._blend_spec is not None:
             state = self.blend.state_dict()
-            self.blend = make_blend(self._blend_name, self.a_start, self.a_end)
+            self.blend = make_blend(self._blend_spec, self.a_start, self.a_end)
             self.blend.load_state_dict(state)
 
     def check(self) -> None:
@@ -64,14 +66,31 @@ class AdaptiveBlend(Estimator):
 
     def surrogate(self, x: Tensor) -> Tensor:
         y = x.clamp(-self.t, self.t)
-        a = self.blend.weight()
+        a = self.blend.weight(y)
         return torch.lerp(y, self.phi(y), a.to(x.dtype) if isinstance(a, Tensor) else a)
 
     def backward(self, grad: Tensor, x: Tensor) -> Tensor:
-        # In half precision 1 - a is to be rounded, not a: at the end of training it is the small one.
-        line = 1.0 - self.blend.weight()
         inside = clip_gradient(grad, x, self.t)
-        return self.phi_backward(inside, x).lerp_(inside, line.to(grad.dtype) if isinstance(line, Tensor) else line)
+        return self._blended(inside, self.phi_backward(inside, x), x)
+
+    def taps(self) -> tuple[Tensor, ...]:
+        return self.blend.taps()
+
+    def gradients(self, grad: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        inside = clip_gradient(grad, x, self.t)
+        bent = self.phi_backward(inside, x)
+
+        def gap() -> Tensor:
+            y = x.clamp(-self.t, self.t)
+            return self.phi(y) - y
+
+        measured = self.blend.gradients(inside, bent, gap)  # before bent is overwritten
+        return self._blended(inside, bent, x), *measured
+
+    def _blended(self, inside: Tensor, bent: Tensor, x: Tensor) -> Tensor:
+        # In half precision 1 - a is to be rounded, not a: at the end of training it is the small one.
+        line = 1.0 - self.blend.weight(x)
+        return bent.lerp_(inside, line.to(bent.dtype) if isinstance(line, Tensor) else line)
 
     def extra_repr(self) -> str:
         return f"k={self.k:g}, t={self.t:g}" + ("" if self.normalized else ", normalized=False")
@@ -100,7 +119,8 @@ class ABTanh(AdaptiveBlend):
             clip only guards against outliers, where a tighter one would freeze the largest weights. Default 1.5 for
             activations, taken after division by their running RMS: there the clip matters first; without it the
             linear floor passes gradient to units whose sign can not change, and accuracy falls by many points.
-        blend: how a adapts: ``"progress"`` (default), ``"constant"`` (a = a_end throughout), or a
+        blend: how a adapts: ``"progress"`` (default), ``"constant"`` (a = a_end throughout), ``"gate"``,
+            ``"learned"``, ``"equilibrium"``, a table of such a name and arguments, or a
             :class:`~abste.estimators.Blend`, which overrides a_start and a_end.
         a_start: blend at the start, in [0, 1]. Default 0 for weights and activations: training starts as STE, whose
             gradient is the most stable.
@@ -157,7 +177,8 @@ class ABArcTan(AdaptiveBlend):
         k: sharpness of phi. Default 2.5 for weights and activations, which gives phi about the slope at 0 (2.10) that
             :class:`ABTanh`'s has at its default of 2.
         t: clip. Default 3 for weights and 1.5 for activations, for the reasons given in :class:`ABTanh`.
-        blend: how a adapts: ``"progress"`` (default), ``"constant"`` (a = a_end throughout), or a
+        blend: how a adapts: ``"progress"`` (default), ``"constant"`` (a = a_end throughout), ``"gate"``,
+            ``"learned"``, ``"equilibrium"``, a table of such a name and arguments, or a
             :class:`~abste.estimators.Blend`, which overrides a_start and a_end.
         a_start: blend at the start, in [0, 1]. Default 0 for weights and activations, as in :class:`ABTanh`.
         a_end: blend at the end, in [0, 1]. Default 0.9 for weights and activations, as in :class:`ABTanh`.

@@ -83,16 +83,19 @@ class _Binarize(torch.autograd.Function):
     """Forward sign(x); backward the binarizer's own, which sees x and nothing else."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, binarizer: Binarizer) -> Tensor:
+    def forward(ctx: Any, x: Tensor, binarizer: Binarizer, *taps: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         ctx.binarizer = binarizer
         return sign(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        return ctx.binarizer.backward(grad, x), None
+        if not any(ctx.needs_input_grad[2:]):
+            return ctx.binarizer.backward(grad, x), None, *(None for _ in ctx.needs_input_grad[2:])
+        grad_x, *grads = ctx.binarizer.gradients(grad, x)
+        return grad_x, None, *grads
 
 
 class Binarizer(nn.Module, ABC):
@@ -150,7 +153,7 @@ class Binarizer(nn.Module, ABC):
         """sign(x): same shape and dtype as x, values ±1. The gradient is :meth:`backward`'s."""
         if not x.is_floating_point():
             raise ConfigError(f"{type(self).__name__} needs a floating-point input, got {x.dtype}.")
-        return cast(Tensor, _Binarize.apply(x, self))
+        return cast(Tensor, _Binarize.apply(x, self, *self.taps()))
 
     @abstractmethod
     def backward(self, grad: Tensor, x: Tensor) -> Tensor:
@@ -158,6 +161,17 @@ class Binarizer(nn.Module, ABC):
 
         Neither argument may be changed in place; the result may be ``grad`` itself.
         """
+
+    def taps(self) -> tuple[Tensor, ...]:
+        """Leaf tensors that get a gradient of their own: what is learned, or where the backward leaves measurements.
+
+        sign(x) does not depend on them. Empty for most binarizers.
+        """
+        return ()
+
+    def gradients(self, grad: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        """:meth:`backward`, then a gradient for each of :meth:`taps`, linear in ``grad`` for what is learned."""
+        return (self.backward(grad, x),)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={getattr(self, name):g}" for name in self.defaults)

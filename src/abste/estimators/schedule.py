@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from abste.errors import ConfigError
 from abste.estimators.base import Annealed
+from abste.estimators.blends import Equilibrium
 
 _PATIENCE = 10
 
@@ -36,6 +37,7 @@ class EstimatorSchedule:
         self.total_steps = _count("total_steps", total_steps, 1)
         self.last_step = 0
         self._annealed = [module for module in model.modules() if isinstance(module, Annealed)]
+        self._equilibria = [module for module in self._annealed if isinstance(module, Equilibrium)]
         self._apply()
         self._parameters = {id(parameter) for parameter in model.parameters()}
         self._idle = 0
@@ -53,6 +55,7 @@ class EstimatorSchedule:
         """Count one optimizer step."""
         self.last_step += 1
         self._apply()
+        Equilibrium.settle(self._equilibria)
         _WAITING.discard(self)
 
     def state_dict(self) -> dict[str, int]:

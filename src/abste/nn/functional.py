@@ -116,6 +116,7 @@ class _Contract(torch.autograd.Function):
         inverse_rms: Tensor | None,
         binarizer: Binarizer | None,
         op: Contraction,
+        *taps: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, scale, inverse_rms)
         ctx.binarizer, ctx.op = binarizer, op
@@ -130,21 +131,29 @@ class _Contract(torch.autograd.Function):
         x, weight, scale, inverse_rms = ctx.saved_tensors
         binarizer, op = ctx.binarizer, ctx.op
         need_x, need_weight, need_scale = ctx.needs_input_grad[:3]
+        need_taps = any(ctx.needs_input_grad[6:])
+        grad_taps: tuple[Tensor | None, ...] = (None,) * len(ctx.needs_input_grad[6:])
 
         # d sign(x / r) / dx is the slope at x / r, divided by r: on the weight that costs nothing.
-        back = _per_filter(weight, scale, inverse_rms if need_x else None)
+        back = _per_filter(weight, scale, inverse_rms if need_x or need_taps else None)
         signs = x if binarizer is None else _signs(x, weight.dtype)
-        grad_x, grad_weight = op.backward(grad, signs, back, need_x, need_weight or need_scale)
+        grad_x, grad_weight = op.backward(grad, signs, back, need_x or need_taps, need_weight or need_scale)
         del signs  # its memory serves the estimator
         grad_scale = None
         if need_scale:
             wide = torch.promote_types(weight.dtype, torch.float32)
             grad_scale = (grad_weight.to(wide) * weight.to(wide)).flatten(1).sum(1).sum_to_size(scale.shape)
         grad_weight = _per_filter(grad_weight, scale) if need_weight else None
-        if need_x and binarizer is not None:
+        if (need_x or need_taps) and binarizer is not None:
             seen = x if inverse_rms is None else x * inverse_rms.to(x.dtype)
-            grad_x = binarizer.backward(grad_x.to(x.dtype), seen)
-        return grad_x, grad_weight, grad_scale, None, None, None
+            grad_x = grad_x.to(x.dtype)
+            if need_taps:
+                grad_x, *measured = binarizer.gradients(grad_x, seen)
+                # What is learned wants the gradient of the sign itself, without 1 / rms.
+                grad_taps = tuple(g if inverse_rms is None else g / inverse_rms.to(g.dtype) for g in measured)
+            else:
+                grad_x = binarizer.backward(grad_x, seen)
+        return grad_x if need_x else None, grad_weight, grad_scale, None, None, None, *grad_taps
 
 
 def contract(
@@ -173,4 +182,5 @@ def contract(
         weight = weight.to(torch.get_autocast_dtype(device))
     if binarizer is None:
         x = x.to(weight.dtype)
-    return cast(Tensor, _Contract.apply(x, weight, scale, inverse_rms, binarizer, op))
+    taps = () if binarizer is None else binarizer.taps()
+    return cast(Tensor, _Contract.apply(x, weight, scale, inverse_rms, binarizer, op, *taps))
