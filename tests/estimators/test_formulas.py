@@ -21,6 +21,7 @@ from abste.estimators import (
     ApproxSign,
     BiPer,
     Constant,
+    EDEFloor,
     Estimator,
     ExSTE,
     IdentitySTE,
@@ -51,6 +52,11 @@ def approx_sign(x: Array, p: float) -> Array:
 def ede(x: Array, p: float) -> Array:
     sharpness = 10 ** (np.log10(0.02) + p * (np.log10(20.0) - np.log10(0.02)))
     return max(1 / sharpness, 1.0) * np.tanh(sharpness * x)
+
+
+def ede_floor(x: Array, p: float) -> Array:
+    y = np.clip(x, -2.0, 2.0)
+    return 0.3 * y + 0.7 * ede(y, p)
 
 
 def reste(x: Array, p: float) -> Array:
@@ -138,6 +144,7 @@ CASES: list[tuple[Estimator, Callable[[Array, float], Array]]] = [
     (IdentitySTE(), identity_ste),
     (ApproxSign(), approx_sign),
     (EDE(s_min=0.02, s_max=20.0), ede),
+    (EDEFloor(floor=0.3, t=2.0, s_min=0.02, s_max=20.0), ede_floor),
     (ReSTE(o_end=5.0, t=1.4, m=0.2), reste),
     (SwishSign(beta=3.0), swish_sign),
     (SigmoidSign(k=2.5), sigmoid_sign),

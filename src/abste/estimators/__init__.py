@@ -17,7 +17,7 @@ from abste.estimators.base import (
 )
 from abste.estimators.biper import BiPer
 from abste.estimators.blends import Blend, Constant, Equilibrium, Gate, Learned, Progress
-from abste.estimators.ede import EDE
+from abste.estimators.ede import EDE, EDEFloor
 from abste.estimators.ewgs import EWGS
 from abste.estimators.exste import ExSTE
 from abste.estimators.fda import FDA
@@ -44,6 +44,7 @@ __all__ = [
     "Binarizer",
     "Blend",
     "Constant",
+    "EDEFloor",
     "Equilibrium",
     "Estimator",
     "EstimatorSchedule",
