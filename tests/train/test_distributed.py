@@ -23,7 +23,14 @@ Tiny = Callable[..., Recipe]
 @pytest.fixture(scope="module")
 def recipe(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("recipe") / "two.toml"
-    path.write_text(tiny("average.decay=0.9").to_toml())
+    # The equilibrium measures in all processes, the learned blend has a gradient of its own.
+    path.write_text(
+        tiny(
+            "average.decay=0.9",
+            'binarize.weights={name = "ab_tanh", blend = "equilibrium"}',
+            'binarize.activations={name = "ab_tanh", blend = "learned"}',
+        ).to_toml()
+    )
     return path
 
 

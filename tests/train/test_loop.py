@@ -110,6 +110,11 @@ VARIANTS = {
         "schedule.shape=cosine",
         "train.channels_last=false",
     ],
+    "adaptive": [
+        'binarize.weights={name = "ab_tanh", blend = {name = "equilibrium", rho_end = 1.5}}',
+        'binarize.activations={name = "ab_arctan", blend = "learned"}',
+        "average.decay=0.9",
+    ],
     "compiled": ["train.compile=true", "train.precision=bf16-mixed", 'binarize.activations="ab_arctan"'],
 }
 
