@@ -1,6 +1,7 @@
-"""Train binary neural networks in PyTorch with AB-STE.
+"""Train binary neural networks in PyTorch with AB-STE, and run them as bits.
 
-``import abste`` needs numpy alone. What trains needs ``pip install "abste[train]"`` and is imported when first used.
+``import abste`` and :func:`abste.load` need numpy alone. What trains needs ``pip install "abste[train]"`` and is
+imported when first used.
 """
 
 from __future__ import annotations

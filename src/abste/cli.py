@@ -55,7 +55,8 @@ def _version() -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="abste",
-        description="Train binary neural networks with adaptive blended straight-through estimators.",
+        description="Train binary neural networks with adaptive blended straight-through estimators, and pack them "
+        "into files that run as bits, without torch.",
         epilog="Start with `abste quickstart`, which needs no data and no arguments.",
     )
     parser.add_argument("--version", action="version", version=f"abste {_version()}")
