@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,6 +56,12 @@ def training_step(name: str, batch_size: int, *, compiled: bool = False) -> tupl
         schedule.step()
 
     return model, step
+
+
+def save(result: dict[str, Any], out: Path | None) -> None:
+    """Record a result where --out says, if it does."""
+    if out:
+        out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def processor() -> str:

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from _common import circumstances
+from _common import circumstances, save
 from torch import nn
 
 import abste.data
@@ -108,10 +108,8 @@ def main() -> None:
     except abste.errors.AbsteError as error:
         parser.error(str(error))
     result.update(circumstances())
-    text = json.dumps(result, indent=2)
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
+    print(json.dumps(result, indent=2))
+    save(result, arguments.out)
 
 
 if __name__ == "__main__":

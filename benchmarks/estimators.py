@@ -13,7 +13,6 @@ less. Prints a table, and writes JSON with --out.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import statistics
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import circumstances
+from _common import circumstances, save
 from torch import Tensor
 
 from abste import estimators
@@ -144,7 +143,7 @@ def main() -> None:
             **circumstances(),
             "results": results,
         }
-        arguments.out.write_text(json.dumps(summary, indent=2) + "\n")
+        save(summary, arguments.out)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from _common import circumstances
+from _common import circumstances, save
 
 from abste.deploy import export_run
 
@@ -50,10 +50,8 @@ def main() -> None:
         "network": RUN.name,
         **circumstances(),
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
+    print(json.dumps(result, indent=2))
+    save(result, arguments.out)
 
 
 if __name__ == "__main__":

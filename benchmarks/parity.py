@@ -8,14 +8,13 @@ With --data, over the whole test set of CIFAR-10; without, over random images al
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from _common import circumstances
+from _common import circumstances, save
 
 from abste.deploy import Verification, export_run, verify_run
 
@@ -40,9 +39,7 @@ def main() -> int:
             "times_smaller": round(exported.ratio, 1),
             "checks": [asdict(check) for check in checks if isinstance(check, Verification)],
         }
-    if arguments.out:
-        result = {"networks": networks, **circumstances()}
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    save({"networks": networks, **circumstances()}, arguments.out)
     return 0 if all(network["passed"] for network in networks.values()) else 1
 
 

@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 import torch
-from _common import NETWORKS, circumstances, training_step, twin
+from _common import NETWORKS, circumstances, save, training_step, twin
 
 PROMISED = {"W1A1": 1.15}
 
@@ -100,7 +100,7 @@ def main() -> None:
     if arguments.out:
         names = ("batch_size", "steps", "threads")
         summary = {**dict(zip(names, options, strict=True)), **circumstances(), "results": results}
-        arguments.out.write_text(json.dumps(summary, indent=2) + "\n")
+        save(summary, arguments.out)
 
 
 if __name__ == "__main__":

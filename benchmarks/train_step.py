@@ -12,13 +12,12 @@ quartiles. Promised are at most 1.10 for W1A32 and 1.35 for W1A1.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
 
 import torch
-from _common import NETWORKS, circumstances, training_step, twin
+from _common import NETWORKS, circumstances, save, training_step, twin
 
 PROMISED = {"W1A32": 1.10, "W1A1": 1.35}
 
@@ -86,7 +85,7 @@ def main() -> None:
             **circumstances(),
             "results": results,
         }
-        arguments.out.write_text(json.dumps(summary, indent=2) + "\n")
+        save(summary, arguments.out)
 
 
 if __name__ == "__main__":

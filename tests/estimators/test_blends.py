@@ -109,6 +109,17 @@ def test_closed_form_is_the_largest_weight_within_the_budget(seed: int, k: float
         assert instability(a, b, more, variance) > limit * (1 - 1e-9), "a larger weight would do as well"
 
 
+@pytest.mark.parametrize(("t", "wanted"), [(3.0, 0.69), (1.5, 0.84)])
+def test_what_the_default_budget_comes_to(t: float, wanted: float) -> None:
+    torch.manual_seed(0)
+    x, grad = torch.randn(2, 10**6, dtype=torch.float64)
+    a = grad.abs() * (x.abs() <= t)
+    b = a * ABTanh(t=t, blend=make_blend("constant", 0, 1)).slope(x)
+    rho = torch.tensor([Equilibrium().rho_end])
+    found = equilibrium(*[moment.reshape(1) for moment in moments(a, b)], rho, torch.tensor([False]))
+    assert float(found) == pytest.approx(wanted, abs=0.01)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_budget_is_met(dtype: torch.dtype) -> None:
     """Where 0 < a < 1 and the rate limit is idle: on fresh gradients, within 10 %."""

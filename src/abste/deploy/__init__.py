@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from abste.deploy.lowering import Lowered, lower
-    from abste.deploy.packing import Export, export, verify_file
+    from abste.deploy.packing import Export, Rounding, export, verify_file
     from abste.deploy.runs import export_run, verify_run
-    from abste.deploy.verification import Verification, verify
+    from abste.deploy.verification import Constants, Verification, verify
 
 # What needs torch is imported when first used: the runtime imports the graph from here, and must not need it.
 _HOMES = {
+    "Constants": "verification",
     "Export": "packing",
     "Lowered": "lowering",
+    "Rounding": "packing",
     "Verification": "verification",
     "export": "packing",
     "export_run": "runs",
@@ -28,8 +30,10 @@ _HOMES = {
 }
 
 __all__ = [
+    "Constants",
     "Export",
     "Lowered",
+    "Rounding",
     "Verification",
     "export",
     "export_run",

@@ -118,8 +118,8 @@ def export(
         ConversionError: the model cannot be lowered, or the file does not compute what the model does.
         RunError: the file cannot be written.
     """
-    if metadata is None and float16:
-        metadata = {"float16": True}  # so that the file says it, and can be verified
+    if float16:
+        metadata = {**(metadata or {}), "float16": True}  # the file says it, and can be verified
     lowered = lower(
         model,
         example_input,
