@@ -14,7 +14,17 @@ from typing import Any
 
 from abste.errors import AbsteError
 
-_EXTRA = ("torch", "torchvision", "lightning_fabric", "pydantic", "tomli_w", "safetensors", "tensorboard", "sklearn")
+_EXTRA = (
+    "torch",
+    "torchvision",
+    "lightning_fabric",
+    "pydantic",
+    "tomli_w",
+    "safetensors",
+    "tensorboard",
+    "sklearn",
+    "scipy",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,6 +137,30 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--averaged", action="store_true", help="the averaged weights, of a recipe with [average]")
     sub.add_argument("--recalibrate", action="store_true", help="also after estimating batch-norm statistics anew")
     sub.add_argument("--device", default="cpu", metavar="D", help="torch device (default: cpu)")
+
+    sub = command(
+        "compare",
+        _compare,
+        "run a study: arms, settings and seeds under one protocol, and what they say together",
+        "  abste compare study.toml --data data --out studies/mine\n"
+        "  abste compare study.toml --data data --out studies/mine --max-minutes 120   # and again, to go on\n"
+        "  abste compare study.toml --list                                             # what it would run\n"
+        "  abste compare study.toml --out studies/mine --report                        # of what is done\n"
+        "  abste compare study.toml --data data --out studies/mine --task $SLURM_ARRAY_TASK_ID",
+    )
+    sub.add_argument("study", metavar="STUDY", help="TOML file; docs/compare.md says what is in it")
+    _add_data(sub)
+    sub.add_argument("--out", metavar="DIR", help="directory of the study; a second call goes on where the first ended")
+    sub.add_argument("--jobs", type=int, metavar="N", help="runs side by side (default: cores / threads of a run)")
+    sub.add_argument("--max-minutes", type=float, metavar="M", help="stop cleanly, with checkpoints, after M minutes")
+    sub.add_argument(
+        "--task", type=int, nargs="+", metavar="N", help="do these runs alone, numbered as by --list, and no report"
+    )
+    only = sub.add_mutually_exclusive_group()
+    only.add_argument("--list", action="store_true", help="print the runs of the study, and start none")
+    only.add_argument(
+        "--report", action="store_true", help="write the report of the runs that are done, and start none"
+    )
 
     sub = command(
         "summary",
@@ -296,6 +330,58 @@ def _eval(arguments: argparse.Namespace) -> int:
             f"({result['images']:,} images, float32{how})"
         )
     return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from abste.errors import ConfigError
+    from abste.report.study import load_study
+
+    study = load_study(arguments.study)  # before torch is imported: a typo is answered at once
+    plan = study.plan()
+    if arguments.list:
+        width = len(str(len(plan) - 1))
+        for number, planned in enumerate(plan):
+            print(f"{number:{width}}  {planned}")
+        return 0
+    if arguments.out is None:
+        raise ConfigError("compare needs --out, the directory of the study.")
+    from abste.report import compare_runs, read_finished, run_study
+    from abste.train.files import write_atomic, write_json
+
+    status = 0
+    if not arguments.report:
+        try:
+            outcome = run_study(
+                study,
+                arguments.out,
+                arguments.data,
+                jobs=arguments.jobs,
+                tasks=arguments.task,
+                max_minutes=arguments.max_minutes,
+                say=lambda line: print(line, flush=True),
+            )
+        except KeyboardInterrupt:
+            print("\nstopped; every run has written a checkpoint, and the same command goes on from there", flush=True)
+            return 130
+        for name in outcome.elsewhere:
+            print(f"{name} is left to the process that is at it")
+        if outcome.stopped:
+            print("stopped by max_minutes; the same command goes on from there")
+        if outcome.failed:
+            print(f"{len(outcome.failed)} failed; their logs are beside their directories, and a new call tries again")
+            status = 1
+        if arguments.task is not None:
+            return status
+    finished = read_finished(plan, Path(arguments.out))
+    if not finished:
+        print("no run is done yet")
+        return status
+    result = compare_runs(study, finished, len(plan))
+    report = Path(arguments.out) / "report.md"
+    write_atomic(report, str(result).encode())
+    write_json(report.with_suffix(".json"), result.to_dict())
+    print(f"\n{result}\nwrote {report} and {report.with_suffix('.json')}")
+    return status
 
 
 def _summary(arguments: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -28,6 +28,12 @@ def _check_spec(value: Any) -> Any:
     if isinstance(value, dict) and isinstance(value.get("name"), str):
         return value
     raise PydanticCustomError("binarizer_type", "")
+
+
+def _check_transform(value: Any) -> Any:
+    if isinstance(value, bool | str) or (isinstance(value, dict) and isinstance(value.get("name"), str)):
+        return value
+    raise PydanticCustomError("transform_type", "")
 
 
 def _none_is_a_word(value: Any) -> Any:
@@ -79,11 +85,18 @@ class BinarizeSection(Section):
     keep_last: bool = True
     keep_projections: bool = True
     unsigned_inputs: Literal["error", "keep_float", "weights_only", "batch_norm"] = "error"
-    standardize: bool = True
+    standardize: Annotated[Any, AfterValidator(_check_transform)] = True
+    """True, false, the name of a transform of the latents (``"recu"``), or a table with its name and arguments."""
     normalize: bool = True
-    scale: Annotated[Literal["channel", "tensor", "learned", "none"], BeforeValidator(_none_is_a_word)] = "channel"
+    scale: Annotated[Literal["channel", "tensor", "std", "learned", "none"], BeforeValidator(_none_is_a_word)] = (
+        "channel"
+    )
     scale_gradient: bool = False
+    center: Literal["mean", "learned"] | None = None
     pad_value: Literal[-1, 0, 1] = 0
+    # None rather than false: what a recipe leaves out is not written, so that older runs still resume.
+    adaptive_set: bool | None = None
+    gradient_branch: Annotated[float, Field(ge=0)] | None = None
 
     @model_validator(mode="after")
     def _something_to_do(self) -> BinarizeSection:
@@ -96,13 +109,33 @@ class BinarizeSection(Section):
         arguments = self.model_dump()
         if self.scale == "none":
             arguments["scale"] = None
+        arguments["adaptive_set"] = bool(self.adaptive_set)
         return arguments
 
 
-class OptimizerSection(Section):
-    """``momentum`` and ``nesterov`` belong to sgd, ``betas`` to adamw. Norms and biases are never decayed."""
+# Keys that only some optimizers have, with their defaults: absent from a recipe of another, whose checkpoints they
+# would otherwise part from their own runs.
+_OPTIMIZER_KEYS: dict[str, dict[str, Any]] = {
+    "muon": {
+        "muon_momentum": 0.6,
+        "muon_steps": 3,
+        "muon_normalize": "tensor",
+        "muon_filters": False,
+        "rest": "sgd",
+    },
+    "bop": {"gamma": 1e-4, "threshold": 1e-8, "rest": "adamw"},
+}
 
-    name: Literal["sgd", "adamw"] = "sgd"
+
+class OptimizerSection(Section):
+    """``momentum`` and ``nesterov`` belong to sgd, ``betas`` to adamw. Norms and biases are never decayed.
+
+    ``muon`` and ``bop`` (``abste.optim``) train the latents, ``rest`` everything else. Under ``bop`` the weights are ±1
+    and there are no latents, so it has no rates for them, and ``[binarize]`` needs weights = "identity_ste",
+    standardize = false and scale = "none" or "learned".
+    """
+
+    name: Literal["sgd", "adamw", "muon", "bop"] = "sgd"
     lr: Annotated[float, Field(gt=0)] = 0.1
     """The peak learning rate, of the mean loss over a global batch."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -110,15 +143,69 @@ class OptimizerSection(Section):
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     latent_lr: Annotated[float, Field(gt=0)] | None = None
-    """Peak learning rate of the latent weights; by default ``lr``."""
+    """Peak learning rate of the latent weights; by default ``lr``. Of muon: of all that it trains."""
     latent_weight_decay: Annotated[float, Field(ge=0)] | None = None
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    rest: Literal["sgd", "adamw"] | None = None
+    """What trains all but the latents; by default sgd beside muon, and adamw beside bop, with ``lr``."""
+    muon_momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """0.6 by default, as in airbench. ``nesterov`` counts for muon too."""
+    muon_steps: Annotated[int, Field(ge=1, le=20)] | None = None
+    """Newton-Schulz iterations; 3 by default."""
+    muon_normalize: Literal["tensor", "filter", "none"] | None = None
+    """What has a fixed norm before each step; by default each tensor."""
+    muon_filters: bool | None = None
+    """Train the convolutions in full precision with muon too, the first included; false by default."""
+    gamma: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Peak adaptivity rate of bop, 1e-4 by default; the schedule moves it as it moves learning rates."""
+    threshold: Annotated[float, Field(ge=0)] | None = None
+    """Of bop, 1e-8 by default: a weight flips where its average gradient is larger. It stays the same."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_of_its_own(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or not isinstance(given.get("name", "sgd"), str):
+            return given
+        known = _OPTIMIZER_KEYS.get(given.get("name", "sgd"), {})
+        given = {key: value for key, value in given.items() if value is not None or key not in known}
+        return known | given
 
     @model_validator(mode="after")
-    def _nesterov_has_momentum(self) -> OptimizerSection:
-        if self.name == "sgd" and self.nesterov and self.momentum == 0:
-            raise PydanticCustomError("rule", "has nesterov = true, which needs a momentum above 0")
+    def _keys_fit(self) -> OptimizerSection:
+        own = _OPTIMIZER_KEYS.get(self.name, {})
+        for key in dict.fromkeys(key for keys in _OPTIMIZER_KEYS.values() for key in keys):
+            if key not in own and getattr(self, key) is not None:
+                owners = " or ".join(f"'{name}'" for name, keys in _OPTIMIZER_KEYS.items() if key in keys)
+                raise PydanticCustomError("rule", f"has {key}, which needs name = {owners}, not '{self.name}'")
+        for key in ("latent_lr", "latent_weight_decay"):
+            if self.name == "bop" and getattr(self, key) is not None:
+                raise PydanticCustomError("rule", f"has {key}, but bop has no latents; what it has is gamma")
+        momenta = {"momentum": self.momentum} if "sgd" in (self.name, self.rest) else {}
+        if self.name == "muon":
+            momenta["muon_momentum"] = self.muon_momentum or 0.0
+        for key, momentum in momenta.items():
+            if self.nesterov and momentum == 0:
+                raise PydanticCustomError("rule", f"has nesterov = true, which needs a {key} above 0")
         return self
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments for the optimizer's class, beside the parameter groups and their rates."""
+        if self.name == "bop":
+            return {"gamma": self.gamma, "threshold": self.threshold}
+        if self.name == "muon":
+            return {
+                "momentum": self.muon_momentum,
+                "nesterov": self.nesterov,
+                "steps": self.muon_steps,
+                "normalize": None if self.muon_normalize == "none" else self.muon_normalize,
+            }
+        return self.plain_arguments(self.name)
+
+    def plain_arguments(self, name: str) -> dict[str, Any]:
+        """The same for torch's sgd or adamw, which may train the rest."""
+        if name == "adamw":
+            return {"betas": (self.betas[0], self.betas[1])}
+        return {"momentum": self.momentum, "nesterov": self.nesterov}
 
 
 class ScheduleSection(Section):
@@ -213,10 +300,10 @@ def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[st
     return None
 
 
-def known_keys() -> list[str]:
-    """Every key a recipe may hold, dotted; sections themselves too."""
+def known_keys(section: type[Section]) -> list[str]:
+    """Every key that a section may hold, dotted; sections within it themselves too."""
     keys = []
-    for name, field in Recipe.model_fields.items():
+    for name, field in section.model_fields.items():
         keys.append(name)
         kinds = [field.annotation, *get_args(field.annotation)]
         for kind in kinds:
@@ -236,6 +323,7 @@ _WANTED = {
     "model_attributes_type": "a table",
     "list_type": "a list",
     "binarizer_type": "the name of a binarizer or a table with a 'name'",
+    "transform_type": "true, false, the name of a transform or a table with a 'name'",
     "finite_number": "a finite number",
 }
 
@@ -252,9 +340,8 @@ def _shown(value: Any) -> str:
     return repr(value) if len(repr(value)) <= 60 else f"a {type(value).__name__}"
 
 
-def _hint(key: str) -> str:
+def _hint(key: str, known: list[str]) -> str:
     """The end of the message for an unknown key."""
-    known = known_keys()
     section, _, last = key.rpartition(".")
     elsewhere = [other for other in known if other.endswith("." + last)]
     if elsewhere:
@@ -265,11 +352,11 @@ def _hint(key: str) -> str:
     return f"section '{section}' has no such key." if section else "there is no such section."  # all names are no hint
 
 
-def _problem(error: Mapping[str, Any]) -> str:
+def _problem(error: Mapping[str, Any], known: list[str]) -> str:
     """One pydantic error as part of a sentence."""
     key, kind, given, ctx = ".".join(map(str, error["loc"])), error["type"], error["input"], error.get("ctx", {})
     if kind == "extra_forbidden":
-        hint = _hint(key)
+        hint = _hint(key, known)
         return f"unknown key '{key}'; {hint}"
     if kind == "missing":
         return f"'{key}' is missing."
@@ -288,21 +375,29 @@ def _problem(error: Mapping[str, Any]) -> str:
     return f"'{key}' must be {wanted}, not {_shown(given)}."
 
 
-def make_recipe(tables: Mapping[str, Any], source: str) -> Recipe:
-    """A checked :class:`Recipe` from plain tables; ``source`` names it in errors.
+S = TypeVar("S", bound=Section)
+
+
+def checked(kind: type[S], tables: Mapping[str, Any], source: str) -> S:
+    """A section of type ``kind`` from plain tables; ``source`` names it in errors.
 
     Raises:
         ConfigError: an unknown key, a value of the wrong type or out of range: the first problem, and how many more.
     """
     try:
-        return Recipe.model_validate(dict(tables))
+        return kind.model_validate(dict(tables))
     except ValidationError as error:
         problems = error.errors(include_url=False)
-        text = _problem(problems[0])
+        text = _problem(problems[0], known_keys(kind))
         more = len(problems) - 1
         if more:
             text = f"{text.rstrip('.')} (and {more} more problem{'s' if more > 1 else ''})."
-        raise ConfigError(f"recipe '{source}': {text}") from None
+        raise ConfigError(f"{source}: {text}") from None
+
+
+def make_recipe(tables: Mapping[str, Any], source: str) -> Recipe:
+    """A checked :class:`Recipe` from plain tables: see :func:`checked`."""
+    return checked(Recipe, tables, f"recipe '{source}'")
 
 
 def builtin_recipes() -> dict[str, str]:
@@ -352,21 +447,27 @@ def _tables(name: str, base: Path | None, seen: tuple[str, ...] = ()) -> dict[st
     return merged
 
 
-def _override(tables: dict[str, Any], assignment: str) -> None:
+Overrides = Sequence[str] | Mapping[str, Any]
+"""Keys to replace: assignments such as ``"optimizer.lr=0.2"``, or a table such as ``{"optimizer.lr": 0.2}``."""
+
+
+def _assigned(assignment: str) -> tuple[str, Any]:
+    """Key and value of an assignment; the value is read as TOML, else as a string."""
     key, equals, text = assignment.partition("=")
     key, text = key.strip(), text.strip()
-    path = key.split(".")
-    if not equals or not all(path):
+    if not equals or not all(key.split(".")):
         raise ConfigError(f"--set '{assignment}' is not of the form section.key=value.")
-    value: Any = text
     if text.lower() == "none":
-        value = None
-    else:
-        try:
-            parsed = tomllib.loads(f"v = {text}")
-            value = parsed["v"] if list(parsed) == ["v"] else text
-        except tomllib.TOMLDecodeError:
-            pass  # a bare word is a string
+        return key, None
+    try:
+        parsed = tomllib.loads(f"v = {text}")
+    except tomllib.TOMLDecodeError:
+        return key, text  # a bare word is a string
+    return key, parsed["v"] if list(parsed) == ["v"] else text
+
+
+def _override(tables: dict[str, Any], key: str, value: Any, shown: str) -> None:
+    path = key.split(".")
     table = tables
     for depth, part in enumerate(path[:-1]):
         inner = table.get(part)
@@ -376,24 +477,29 @@ def _override(tables: dict[str, Any], assignment: str) -> None:
             inner = {}
         elif not isinstance(inner, dict):
             where = ".".join(path[: depth + 1])
-            raise ConfigError(f"--set '{assignment}': '{where}' is {_shown(inner)}, which has no keys.")
+            raise ConfigError(f"{shown}: '{where}' is {_shown(inner)}, which has no keys.")
         table[part] = dict(inner)
         table = table[part]
     table[path[-1]] = value
 
 
-def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name: str | Path, overrides: Overrides = (), *, folder: Path | None = None) -> Recipe:
     """Read a recipe, merge what it extends, apply overrides and check it.
 
     Args:
         name: a built-in recipe (``abste recipes`` lists them), or the path of a TOML file.
         overrides: assignments such as ``"optimizer.lr=0.2"``; the value is read as TOML, else as a string; ``none``
-            empties an optional key.
+            empties an optional key. Or a table of dotted keys and their values.
+        folder: what a relative path is relative to; by default the current directory.
 
     Raises:
         ConfigError: an unknown recipe or key, a wrong type, a value out of range.
     """
-    tables = _tables(str(name), None)
-    for assignment in overrides:
-        _override(tables, assignment)
+    tables = _tables(str(name), folder)
+    if isinstance(overrides, Mapping):
+        for key, value in overrides.items():
+            _override(tables, key, None if value == "none" else value, f"override '{key}'")
+    else:
+        for assignment in overrides:
+            _override(tables, *_assigned(assignment), f"--set '{assignment}'")
     return make_recipe(tables, str(tables["name"]))

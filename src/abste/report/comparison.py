@@ -1,0 +1,253 @@
+"""What the finished runs of a study support: tables and sentences."""
+
+from __future__ import annotations
+
+import math
+import statistics as middle
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from abste.report.compare import Finished
+from abste.report.statistics import ALPHA, POWER, Paired, detectable, holm, paired, pooled, spread
+from abste.report.study import SHAPE_REMOVED, Study
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """One arm in one setting, at its best learning rate.
+
+    Accuracies are those of the last epoch, in per cent; ``difference`` is to the control's at the same seeds, in
+    points, and ``p_holm`` is adjusted for the number of arms in the setting.
+    """
+
+    setting: str
+    arm: str
+    lr_scale: float
+    accuracies: dict[int, float]
+    mean: float
+    sd: float
+    step_ms: float
+    step_ratio: float
+    difference: Paired | None
+    p_holm: float | None
+    by_lr_scale: dict[float, float]
+
+
+@dataclass(frozen=True)
+class SettingResult:
+    """All arms of one setting."""
+
+    setting: str
+    split: str
+    arms: list[ArmResult]
+    shape: dict[str, Paired]
+    """AB-STE arms minus their shape-removed controls."""
+    detectable: float
+    """Smallest true difference to the control that is found with probability POWER, in points."""
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A study's result; ``str()`` of it is Markdown."""
+
+    study: Study
+    settings: list[SettingResult]
+    finished: int
+    planned: int
+    commits: list[str]
+    machines: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: infinite limits and unknown spreads are None."""
+        tables: dict[str, Any] = _finite(
+            {
+                "study": self.study.model_dump(exclude={"folder"}, exclude_none=True),
+                "finished": self.finished,
+                "planned": self.planned,
+                "commits": self.commits,
+                "machines": self.machines,
+                "settings": [asdict(setting) for setting in self.settings],
+            }
+        )
+        return tables
+
+    def __str__(self) -> str:
+        parts = [f"# {self.study.name}", self.study.description]
+        if self.finished < self.planned:
+            parts.append(f"Unfinished: {self.finished} of {self.planned} runs are done.")
+        parts += [_markdown(setting, self.study) for setting in self.settings]
+        commits, machines = ", ".join(self.commits), "; ".join(self.machines)
+        parts.append(
+            f"Accuracy of the last epoch, mean ± standard deviation over seeds. Differences are paired by seed, with "
+            f"{1 - ALPHA:.0%} Student-t intervals; p is two-sided and adjusted by Holm for the arms of a setting. Time "
+            f"per step is the median over runs. Commits: {commits}. Machines: {machines}."
+        )
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def compare_runs(study: Study, runs: Sequence[Finished], planned: int) -> Comparison:
+    """What the finished runs of a study say."""
+    commits: dict[str, None] = {}  # as ordered sets
+    machines: dict[str, None] = {}
+    for run in runs:
+        git, where = run.summary.get("git") or {}, run.summary.get("environment", {})
+        commits[git.get("commit", "unknown")[:10] + (" and changes" if git.get("modified") else "")] = None
+        machines[f"{where.get('cpu')}, {where.get('cpus')} CPUs, torch {where.get('torch')}"] = None
+    settings = [
+        result
+        for name in study.settings
+        if (result := _setting(study, name, [run for run in runs if run.planned.setting == name])) is not None
+    ]
+    return Comparison(study, settings, len(runs), planned, list(commits), list(machines))
+
+
+def _setting(study: Study, name: str, runs: Sequence[Finished]) -> SettingResult | None:
+    if not runs:
+        return None
+    chosen: dict[str, tuple[float, list[Finished], dict[float, float]]] = {}
+    for arm in study.arms_in(name):
+        by_scale: dict[float, list[Finished]] = defaultdict(list)
+        for run in runs:
+            if run.planned.arm == arm:
+                by_scale[run.planned.lr_scale].append(run)
+        if by_scale:
+            means = {scale: middle.fmean(run.accuracy for run in found) for scale, found in by_scale.items()}
+            best = max(means, key=lambda scale: (len(by_scale[scale]), means[scale]))
+            chosen[arm] = (best, by_scale[best], means)
+    accuracies = {
+        arm: {run.planned.seed: run.accuracy for run in sorted(found, key=lambda run: run.planned.seed)}
+        for arm, (_, found, _) in chosen.items()
+    }
+    times = {arm: middle.median(run.step_ms for run in found) for arm, (_, found, _) in chosen.items()}
+    control = study.control
+    differences = {
+        arm: difference
+        for arm in chosen
+        if arm != control and (difference := _difference(accuracies, arm, control)) is not None
+    }
+    adjusted = dict(zip(differences, holm([d.p for d in differences.values()]), strict=True))
+    results = [
+        ArmResult(
+            setting=name,
+            arm=arm,
+            lr_scale=scale,
+            accuracies=accuracies[arm],
+            mean=middle.fmean(accuracies[arm].values()),
+            sd=spread(list(accuracies[arm].values())),
+            step_ms=times[arm],
+            step_ratio=times[arm] / times[control] if control in times else math.nan,
+            difference=differences.get(arm),
+            p_holm=adjusted.get(arm),
+            by_lr_scale=means,
+        )
+        for arm, (scale, _, means) in chosen.items()
+    ]
+    shape = {
+        arm: difference
+        for arm in chosen
+        if (difference := _difference(accuracies, arm, arm + SHAPE_REMOVED)) is not None
+    }
+    pairs = min((d.n for d in differences.values()), default=0)
+    sd = pooled([d.sd for d in differences.values() if d.n > 1])
+    return SettingResult(
+        setting=name,
+        split=runs[0].split,
+        arms=sorted(results, key=lambda result: -result.mean),
+        shape=shape,
+        detectable=detectable(sd, pairs, max(1, len(differences))),
+        seeds=max(len(found) for found in accuracies.values()),
+    )
+
+
+def _difference(accuracies: Mapping[str, Mapping[int, float]], arm: str, control: str) -> Paired | None:
+    if control not in accuracies:
+        return None
+    common = [seed for seed in accuracies[arm] if seed in accuracies[control]]
+    return paired([accuracies[arm][seed] - accuracies[control][seed] for seed in common]) if common else None
+
+
+# Words
+
+
+def _markdown(result: SettingResult, study: Study) -> str:
+    tuned = len(study.lr_scale) > 1
+    split = result.split.replace("_", "-")
+    lines = [
+        f"## {result.setting}",
+        "",
+        f"| arm | n | {split} accuracy, % | difference to {study.control}, points | p | time per step |"
+        + (" learning rate |" if tuned else ""),
+        "|---|---|---|---|---|---|" + ("---|" if tuned else ""),
+    ]
+    for arm in result.arms:
+        sd = "" if math.isnan(arm.sd) else f" ± {arm.sd:.2f}"
+        ratio = "" if math.isnan(arm.step_ratio) else f", {arm.step_ratio:.2f} x"
+        lines.append(
+            f"| {arm.arm} | {len(arm.accuracies)} | {arm.mean:.2f}{sd} | {_interval(arm.difference)} | "
+            f"{'' if arm.p_holm is None else _p(arm.p_holm)} | {arm.step_ms:.0f} ms{ratio} |"
+            + (f" x {arm.lr_scale:g} |" if tuned else "")
+        )
+    lines += ["", *(f"- {sentence}" for sentence in sentences(result, study.control))]
+    return "\n".join(lines)
+
+
+def _interval(difference: Paired | None) -> str:
+    if difference is None:
+        return ""
+    if difference.n < 2:
+        return f"{difference.mean:+.2f} (one pair)"
+    return f"{difference.mean:+.2f} ({difference.low:+.2f} to {difference.high:+.2f})"
+
+
+def _p(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def sentences(result: SettingResult, control: str) -> list[str]:
+    """What the data support, in words."""
+    if result.seeds < 2:
+        return ["One seed per arm: these are single runs, not a ranking."]
+    found = []
+    others = [arm for arm in result.arms if arm.difference is not None and arm.difference.n > 1]
+    for arm, difference in ((arm, arm.difference) for arm in others):
+        if difference is not None and arm.p_holm is not None and arm.p_holm < ALPHA:
+            word = "better" if difference.mean > 0 else "worse"
+            found.append(f"{arm.arm} is {word} than {control} by {_range(difference)} points (p {_p(arm.p_holm)}).")
+    undecided = [arm.arm for arm in others if arm.p_holm is not None and arm.p_holm >= ALPHA]
+    if undecided:
+        found.append(
+            f"Not shown to differ from {control}: {', '.join(undecided)}. With these seeds a true difference of "
+            f"{result.detectable:.2f} points would have been found with probability {POWER:g}; smaller ones may exist."
+        )
+    adjusted = holm([difference.p for difference in result.shape.values()])
+    for (name, difference), p in zip(result.shape.items(), adjusted, strict=True):
+        if difference.n < 2:
+            continue
+        if p < ALPHA:
+            word = "better" if difference.mean > 0 else "worse"
+            found.append(
+                f"The shape of {name}'s slope matters: it is {word} than its mean alone by {_range(difference)} points "
+                f"(p {_p(p)})."
+            )
+        else:
+            found.append(
+                f"{name} is not shown to differ from its shape-removed control ({_interval(difference)} points): what "
+                "it does may be the doing of its mean slope and clip."
+            )
+    return found
+
+
+def _range(difference: Paired) -> str:
+    low, high = sorted((abs(difference.low), abs(difference.high)))
+    return f"{abs(difference.mean):.2f} ({low:.2f} to {high:.2f})"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,124 @@
+"""What a comparison says of accuracies that are known."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from abste.report import Comparison, Finished, compare_runs, make_study
+
+SEEDS = [0, 1, 2, 3, 4]
+NOISE = [0.3, -0.2, 0.1, -0.4, 0.2]  # of a seed, the same for all arms: pairs cancel it
+WOBBLE = [0.05, -0.05, 0.02, 0.0, -0.02]
+
+
+def comparison(
+    offsets: dict[str, float], seeds: list[int] = SEEDS, lr_scale: dict[float, float] | None = None, **study: Any
+) -> Comparison:
+    """Arms whose accuracy is 70 plus their offset, plus an offset per learning rate."""
+    scales = lr_scale or {1.0: 0.0}
+    tables = {
+        "recipe": "digits-resnet8-w1a32",
+        "seeds": seeds,
+        "set": {"data.holdout": 100},
+        "lr_scale": list(scales),
+        "settings": {"w1a32": {}},
+        "arms": {
+            name: {"estimator": "ab_tanh" if name == "ab" else "reste"}
+            for name in offsets
+            if name not in ("ste", "ab-shape_removed")
+        },
+        **study,
+    }
+    made = make_study(tables, Path("."))
+    runs = []
+    for planned in made.plan():
+        if planned.arm in offsets:
+            i = SEEDS.index(planned.seed)
+            turn = sorted(offsets).index(planned.arm)
+            wobble = WOBBLE[(i + turn) % 5]
+            accuracy = 70 + offsets[planned.arm] + scales[planned.lr_scale] + NOISE[i] + wobble
+            summary = {"git": {"commit": "0123456789abcdef", "modified": False}, "environment": {"cpu": "abacus"}}
+            runs.append(Finished(planned, "held_out", accuracy, 10.0 * (1 + turn), summary))
+    return compare_runs(made, runs, len(made.plan()))
+
+
+def said(result: Comparison) -> list[str]:
+    return [line[2:] for line in str(result).splitlines() if line.startswith("- ")]
+
+
+def test_numbers() -> None:
+    (setting,) = comparison({"ste": 0.0, "ab": 1.0, "ab-shape_removed": 0.0}).settings
+    arms = {arm.arm: arm for arm in setting.arms}
+    assert next(arm.arm for arm in setting.arms) == "ab", "the best comes first"
+    ab = arms["ab"]
+    assert ab.mean == pytest.approx(71.0) and ab.difference is not None
+    assert ab.difference.mean == pytest.approx(1.0, abs=0.05) and ab.difference.sd < 0.1 < ab.sd, (
+        "pairs cancel the seed"
+    )
+    assert ab.difference.p < ab.p_holm <= 2 * ab.difference.p * (1 + 1e-9)
+    assert arms["ste"].difference is None and arms["ste"].p_holm is None
+    assert setting.shape["ab"].mean == pytest.approx(1.0, abs=0.05)
+    assert 0 < setting.detectable < 0.5 and ab.step_ratio == pytest.approx(1 / 3)
+
+
+def test_better_and_by_its_shape() -> None:
+    words = said(comparison({"ste": 0.0, "ab": 1.0, "ab-shape_removed": 0.0}))
+    assert words[0].startswith("ab is better than ste by 1.0")
+    assert any(
+        line.startswith("The shape of ab's slope matters: it is better than its mean alone by") for line in words
+    )
+
+
+def test_better_but_not_by_its_shape() -> None:
+    words = said(comparison({"ste": 0.0, "ab": 1.0, "ab-shape_removed": 1.0}))
+    assert words[0].startswith("ab is better than ste") or words[1].startswith("ab is better than ste")
+    assert any("ab is not shown to differ from its shape-removed control" in line for line in words)
+
+
+def test_worse_and_undecided() -> None:
+    words = said(comparison({"ste": 0.0, "bad": -2.0, "same": 0.01}))
+    assert words[0].startswith("bad is worse than ste by 2.0") and "(p < 0.001)" in words[0]
+    assert words[1].startswith("Not shown to differ from ste: same. With these seeds a true difference of 0.")
+
+
+def test_one_seed_is_a_run() -> None:
+    result = comparison({"ste": 0.0, "x": 3.0}, seeds=[0])
+    assert said(result) == ["One seed per arm: these are single runs, not a ranking."]
+    assert result.settings[0].detectable == math.inf and "(one pair)" in str(result)
+    text = json.dumps(result.to_dict(), allow_nan=False)
+    assert '"detectable": null' in text and '"sd": null' in text
+
+
+def test_each_arm_at_its_best_learning_rate() -> None:
+    result = comparison({"ste": 0.0, "x": 0.0}, lr_scale={0.5: -1.0, 1.0: 0.0, 2.0: 0.5})
+    assert {arm.arm: arm.lr_scale for arm in result.settings[0].arms} == {"ste": 2.0, "x": 2.0}
+    assert result.settings[0].arms[0].by_lr_scale == pytest.approx({0.5: 69.0, 1.0: 70.0, 2.0: 70.5}, abs=0.05)
+    assert "| x 2 |" in str(result)
+
+
+def test_arms_with_fewer_seeds_are_compared_at_theirs() -> None:
+    made = comparison({"ste": 0.0, "x": 1.0})
+    runs_of = {arm.arm: arm.accuracies for arm in made.settings[0].arms}
+    assert set(runs_of["x"]) == set(SEEDS)
+    half = compare_runs(
+        made.study,
+        [
+            Finished(planned, "held_out", 70.0 + planned.seed, 1.0, {})
+            for planned in made.study.plan()
+            if planned.arm == "ste" or planned.seed < 2
+        ],
+        10,
+    )
+    x = next(arm for arm in half.settings[0].arms if arm.arm == "x")
+    assert x.difference is not None and x.difference.n == 2 and x.difference.mean == 0.0
+    assert "Unfinished: 7 of 10 runs are done." in str(half)
+
+
+def test_nothing_done_in_a_setting() -> None:
+    study = comparison({"ste": 0.0, "x": 1.0}).study
+    assert compare_runs(study, [], 10).settings == []

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from abste.errors import ConfigError
+from abste.report import load_study, make_study
+from abste.train.recipe import first_difference
+
+SMALL: dict[str, Any] = {
+    "recipe": "digits-resnet8-w1a32",
+    "seeds": [0, 7],
+    "set": {"data.holdout": 100},
+    "settings": {
+        "w1a32": {},
+        "w1a1": {
+            "set": {"model.name": "resnet8_bireal", "binarize.activations": "ste", "binarize.weights": "ste"},
+            "vary": ["activations"],
+        },
+    },
+    "arms": {"ab_tanh": {"estimator": "ab_tanh"}},
+}
+
+
+def small(**changes: Any) -> Any:
+    return make_study({**SMALL, **changes}, Path("."))
+
+
+def test_controls_come_by_themselves() -> None:
+    study = small()
+    assert study.arms_in("w1a1") == ["ste", "ab_tanh", "ab_tanh-shape_removed"]
+    for setting, slot in (("w1a32", "weights"), ("w1a1", "activations")):
+        specs = {arm: getattr(study.recipe_of(setting, arm).binarize, slot) for arm in study.arms_in(setting)}
+        assert specs == {
+            "ste": "ste",
+            "ab_tanh": "ab_tanh",
+            "ab_tanh-shape_removed": {"name": "shape_removed", "of": "ab_tanh"},
+        }
+    table = {"name": "ab_arctan", "k": 4.0}
+    study = small(arms={"mine": {"weights": table, "activations": "reste"}, "ste": {"weights": "identity_ste"}})
+    assert study.arms["mine-shape_removed"].weights == {"name": "shape_removed", "of": table}
+    assert study.arms["mine-shape_removed"].activations == "reste"
+    assert study.arms["ste"].weights == "identity_ste", "one that is given stays"
+    two = {"a": {"estimator": "ab_tanh"}, "b": {"estimator": "ab_arctan"}}
+    assert list(small(arms=two, controls=["b"]).arms) == ["ste", "a", "b", "b-shape_removed"]
+
+
+def test_arms_differ_in_what_they_vary_alone() -> None:
+    study = small()
+    for setting, key in (("w1a32", "binarize.weights"), ("w1a1", "binarize.activations")):
+        ste, ab = (study.recipe_of(setting, arm).to_dict() for arm in ("ste", "ab_tanh"))
+        assert first_difference(ste, ab) == (key, "ste", "ab_tanh")
+        ab["binarize"][key.split(".")[1]] = "ste"
+        assert first_difference(ste, ab) is None
+
+
+def test_plan_takes_seeds_one_by_one() -> None:
+    plan = small(lr_scale=[0.5, 1.0], controls=[]).plan()
+    assert [str(planned) for planned in plan[:5]] == [
+        "w1a32/ste/lr-x0.5/seed-0",
+        "w1a32/ste/lr-x1/seed-0",
+        "w1a32/ab_tanh/lr-x0.5/seed-0",
+        "w1a32/ab_tanh/lr-x1/seed-0",
+        "w1a1/ste/lr-x0.5/seed-0",
+    ]
+    assert len(plan) == 16 and {planned.seed for planned in plan[8:]} == {7}
+    assert all(planned.recipe.train.seed == planned.seed for planned in plan)
+
+
+def test_lr_scale_counts_for_every_rate() -> None:
+    arms = {"raw": {"estimator": "ste", "set": {"binarize.standardize": False, "optimizer.latent_lr": 3.0}}}
+    study = small(arms=arms, lr_scale=[0.5, 1.0])
+    rates = study.recipe_of("w1a32", "raw", 0.5).optimizer
+    assert (rates.lr, rates.latent_lr) == (0.1, 1.5)
+    assert study.recipe_of("w1a32", "ste", 0.5).optimizer.latent_lr is None
+
+
+def test_float_arm() -> None:
+    study = small(arms={"float": {"weights": "none", "activations": "none"}, "a32": {"activations": "none"}})
+    assert study.recipe_of("w1a1", "float").binarize is None
+    assert study.recipe_of("w1a1", "a32").binarize.activations is None
+
+
+BAD = {
+    "no such recipe": ({"recipe": "digits-resnet8-w1a33"}, "unknown recipe 'digits-resnet8-w1a33'; did you mean"),
+    "key of the study": ({"seed": [1]}, "unknown key 'seed'; did you mean 'seeds' or"),
+    "key of an arm": (
+        {"arms": {"x": {"estimater": "ste"}}},
+        "study 'study', arms.x: unknown key 'estimater'; did you mean 'estimator'?",
+    ),
+    "key of a setting": ({"settings": {"x": {"varies": 1}}}, "settings.x: unknown key 'varies'; did you mean 'vary'?"),
+    "key of the recipe": (
+        {"set": {"train.epoch": 3}},
+        "study 'study', w1a32, ste: recipe 'digits-resnet8-w1a32': unknown key 'train.epoch'; did you mean",
+    ),
+    "value of the recipe": ({"set": {"train.epochs": 0}}, "'train.epochs' must be greater than 0, not 0."),
+    "no seeds": ({"seeds": []}, "'seeds' must be a list of 1 values, not []."),
+    "seed twice": ({"seeds": [1, 1]}, "must not name anything twice."),
+    "missing arms": ({"arms": {}}, "'arms'"),
+    "setting of an arm": ({"arms": {"x": {"estimator": "reste", "settings": ["w1a2"]}}}, "unknown setting 'w1a2'; did"),
+    "control": ({"control": "stee"}, "unknown control 'stee'; known: ab_tanh."),
+    "controls": ({"controls": ["ab_tan"]}, "'controls' has 'ab_tan', which is no arm with an AB-STE estimator; did"),
+    "control that is missing somewhere": (
+        {"arms": {"ste": {"estimator": "ste", "settings": ["w1a1"]}, "x": {"estimator": "reste"}}},
+        "setting 'w1a32' needs the control 'ste' and one more arm.",
+    ),
+    "tuning on the test set": ({"set": {}, "lr_scale": [1.0, 2.0]}, "hold training images out"),
+    "a name that is a path": ({"arms": {"../x": {"estimator": "ste"}}}, "'arms.../x"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_studies(case: str) -> None:
+    changes, message = BAD[case]
+    with pytest.raises(ConfigError) as caught:
+        small(**changes)
+    text = str(caught.value)
+    assert text.startswith("study 'study'") and message in text, text
+    assert "\n" not in text and text.endswith((".", "?"))
+
+
+def test_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"study file '.*gone.toml' does not exist\.$"):
+        load_study(tmp_path / "gone.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("seeds = [")
+    with pytest.raises(ConfigError, match="study 'broken' is not valid TOML"):
+        load_study(broken)
+    (tmp_path / "base.toml").write_text('extends = "digits-resnet8-w1a32"\ntrain.epochs = 2\n')
+    mine = tmp_path / "mine.toml"
+    mine.write_text('recipe = "base.toml"\nseeds = [0]\nsettings.w1a32 = {}\narms.reste.estimator = "reste"\n')
+    study = load_study(mine)
+    assert study.name == "mine" and study.recipe_of("w1a32", "reste").train.epochs == 2
+    assert re.fullmatch("mine/w1a32/reste", study.recipe_of("w1a32", "reste").name)
