@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from abste._version import __version__
 
 if TYPE_CHECKING:
-    from abste import data, deploy, estimators, models, nn, runtime, train
+    from abste import data, deploy, diagnostics, estimators, models, nn, runtime, train
     from abste.estimators import EstimatorSchedule
     from abste.nn import convert, parameter_groups, summary
     from abste.runtime import Network, load
     from abste.train import load_run
 
-_MODULES = ("data", "deploy", "estimators", "models", "nn", "runtime", "train")
+_MODULES = ("data", "deploy", "diagnostics", "estimators", "models", "nn", "runtime", "train")
 _NAMES = {
     "EstimatorSchedule": "abste.estimators",
     "Network": "abste.runtime",
@@ -36,6 +36,7 @@ __all__ = [
     "convert",
     "data",
     "deploy",
+    "diagnostics",
     "estimators",
     "load",
     "load_run",

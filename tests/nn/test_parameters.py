@@ -73,6 +73,25 @@ def test_empty_groups_frozen_and_shared_parameters() -> None:
     assert (len(weights["params"]), len(biases["params"])) == (1, 1)
 
 
+def test_filters_in_full_precision_may_have_a_group_of_their_own() -> None:
+    groups = parameter_groups(network(weights="ste"), 0.1, 5e-4, latent_lr=0.3, filters=True)
+    assert [g["name"] for g in groups] == ["latents", "filters", "weights", "norms_biases"]
+    assert [len(g["params"]) for g in groups] == [2, 1, 1, 7]
+    assert [(g["lr"], g["weight_decay"]) for g in groups] == [(0.3, 5e-4), (0.1, 5e-4), (0.1, 5e-4), (0.1, 0.0)]
+    assert [len(g["params"]) for g in parameter_groups(network(), 0.1, filters=True)] == [3, 1, 7]
+
+
+def test_weights_that_flip_have_no_rates() -> None:
+    model = network(weights="identity_ste", standardize=False, scale="learned")
+    latents, *rest = parameter_groups(model, 0.1, latent_lr=0.3, flips=True)  # tests/optim/test_bop.py has what fails
+    assert latents == {"name": "latents", "params": latent_weights(model)}
+    assert [g["lr"] for g in rest] == [0.1, 0.1]
+    for weight in latents["params"]:
+        weight.requires_grad_(False)
+    with pytest.raises(ConfigError, match="the model has no trainable binary weight that could flip"):
+        parameter_groups(model, 0.1, flips=True)
+
+
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
 def test_optimizers_take_them(optimizer: Any) -> None:
     model = network(weights="ste", scale="learned")

@@ -89,6 +89,31 @@ def test_two_processes(pair: Any, outcome: Any, recipe: Path, tmp_path: Path) ->
     assert outcome(tmp_path / "b") == outcome(tmp_path / "a")
 
 
+@pytest.mark.parametrize("name", ["muon", "bop"])
+def test_processes_take_the_same_steps(pair: Any, outcome: Any, tiny: Tiny, tmp_path: Path, name: str) -> None:
+    own = {
+        "muon": ["optimizer.name=muon", "optimizer.muon_filters=true"],
+        "bop": [
+            *("optimizer.name=bop", "optimizer.lr=0.01", "binarize.weights=identity_ste"),
+            *("binarize.standardize=false", "binarize.scale=none"),
+        ],
+    }[name]
+    recipe = tmp_path / "two.toml"
+    recipe.write_text(tiny(*own, "train.epochs=2").to_toml())
+    for out in ("a", "b"):
+        stops = ["--max-steps", "27"] if out == "b" else []
+        for child in pair(recipe, "--out", tmp_path / out, *stops):
+            assert child.wait() == 0, child.output
+    for child in pair(recipe, "--out", tmp_path / "b", "--resume"):
+        assert child.wait() == 0, child.output
+    assert outcome(tmp_path / "b") == outcome(tmp_path / "a")
+    # Half of the test images were seen by rank 1 with rank 1's weights; all, here, by rank 0's.
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    alone = evaluate(tmp_path / "a")
+    assert alone["accuracy"] == summary["test"]["accuracy"]
+    assert alone["loss"] == pytest.approx(summary["test"]["loss"], rel=1e-5)
+
+
 def test_all_processes_stop_together(pair: Any, recipe: Path, tmp_path: Path) -> None:
     children = pair(recipe, "--out", tmp_path / "r", "--set", "train.epochs=200")
     while not (tmp_path / "r" / "last.ckpt").exists():

@@ -88,6 +88,13 @@ def test_a_run(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert fit(recipe, None, out, resume=True) == summary  # nothing left to do
 
 
+BOP = [
+    "optimizer.name=bop",
+    "optimizer.lr=0.01",
+    "binarize.weights=identity_ste",
+    "binarize.standardize=false",
+    "binarize.scale=none",
+]
 VARIANTS = {
     "w1a32": [],
     "w1a1, ema, adamw, clipped": [
@@ -113,6 +120,23 @@ VARIANTS = {
     "adaptive": [
         'binarize.weights={name = "ab_tanh", blend = {name = "equilibrium", rho_end = 1.5}}',
         'binarize.activations={name = "ab_arctan", blend = "learned"}',
+        "average.decay=0.9",
+    ],
+    "muon, adamw, bf16, clipped": [
+        "optimizer.name=muon",
+        "optimizer.muon_normalize=filter",
+        "optimizer.muon_filters=true",
+        "optimizer.rest=adamw",
+        "optimizer.lr=0.01",
+        "optimizer.latent_lr=0.1",
+        "optimizer.clip_grad_norm=1.0",
+        "train.precision=bf16-mixed",
+    ],
+    "bop, w1a1, ema": [
+        *BOP,
+        "model.name=resnet8_bireal",
+        "binarize.activations=approx_sign",
+        "binarize.scale=learned",
         "average.decay=0.9",
     ],
     "compiled": ["train.compile=true", "train.precision=bf16-mixed", 'binarize.activations="ab_arctan"'],
@@ -142,6 +166,20 @@ def test_same_bits_again_and_after_stops(tiny: Tiny, tmp_path: Path, outcome: An
     if recipe.average is not None:
         averaged = evaluate(tmp_path / "c", averaged=True)
         assert averaged["accuracy"] == summary["averaged"]["test"]["accuracy"]
+
+
+@pytest.mark.parametrize("own", [["optimizer.name=muon"], BOP], ids=["muon", "bop"])
+def test_optimizers_learn(tiny: Tiny, tmp_path: Path, own: list[str]) -> None:
+    summary = fit(tiny("train.epochs=6", *own), None, tmp_path / "r", progress=False)
+    assert summary["test"]["accuracy"] > 0.75
+
+
+def test_flips_are_what_learns(tiny: Tiny, tmp_path: Path) -> None:
+    # The same with signs that stay where they began, under norms and a last layer that learn.
+    summary = fit(tiny("train.epochs=6", *BOP, "optimizer.threshold=1e9"), None, tmp_path / "r", progress=False)
+    assert summary["test"]["accuracy"] < 0.6
+    binary = [tensor for name, tensor in load_run(tmp_path / "r").state_dict().items() if "layer" in name]
+    assert len([tensor for tensor in binary if tensor.dim() == 4 and (tensor.abs() == 1).all()]) == 6
 
 
 def test_seeds_differ(tiny: Tiny, tmp_path: Path, outcome: Any) -> None:
@@ -244,6 +282,11 @@ def test_resume_before_the_first_checkpoint(tiny: Tiny, tmp_path: Path, outcome:
         (["model.name=resnet9"], ConfigError, "resnet9"),
         (["model.kwargs.wdth=4"], ConfigError, "wdth"),
         (["data.name=digit"], ConfigError, "did you mean 'digits'"),
+        (["optimizer.name=muon", "binarize=none"], ConfigError, "finds nothing to train: binarise weights, or set"),
+        (["optimizer.name=bop", "binarize=none"], ConfigError, "no trainable binary weight that could flip"),
+        ([*BOP, "binarize.standardize=true"], ConfigError, "standardises its weights, which must stay ±1"),
+        ([*BOP, "binarize.scale=tensor"], ConfigError, "takes its scale 'tensor' from its weights, but they are ±1"),
+        ([*BOP, "binarize.weights=ste"], ConfigError, "has the estimator 'ste' on weights of ±1"),
         (["binarize.weights=ab_tahn"], ConfigError, "did you mean 'ab_tanh'"),
         (["data.image_shape=[3,8,8]"], DataError, r"images of \[1, 8, 8\], but data.image_shape is \[3, 8, 8\]"),
         (["data.classes=9"], DataError, "10 classes, but data.classes is 9"),

@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
+from torch import nn
 
 from abste.errors import ConfigError
+from abste.nn import AdaptiveSet, GradientBranch, convert
 from abste.train.recipe import Recipe, builtin_recipes, first_difference, load_recipe, make_recipe
 
 DIGITS = "digits-resnet8-w1a32"
@@ -54,6 +57,24 @@ def test_binary_recipes_differ_only_in_binarisation(binary: str, allowed: set[st
         ("optimizer.lr=nan", "'optimizer.lr' must be a finite number, not nan."),
         ("optimizer.lr=0", "'optimizer.lr' must be greater than 0, not 0."),
         ("optimizer.momentum=0", "'optimizer' has nesterov = true, which needs a momentum above 0."),
+        (
+            "optimizer.name=muom",
+            "'optimizer.name' must be 'sgd', 'adamw', 'muon' or 'bop', not the string 'muom'.",
+        ),
+        ("optimizer.name=3", "'optimizer.name' must be "),
+        ("optimizer.gamma=0.01", "'optimizer' has gamma, which needs name = 'bop', not 'sgd'."),
+        ("optimizer.muon_filters=false", "'optimizer' has muon_filters, which needs name = 'muon', not 'sgd'."),
+        ("optimizer.rest=adamw", "'optimizer' has rest, which needs name = 'muon' or 'bop', not 'sgd'."),
+        ("optimizer={name='bop', latent_lr=0.1}", "'optimizer' has latent_lr, but bop has no latents"),
+        ("optimizer={name='bop', gamma=1.0}", "'optimizer.gamma' must be less than 1, not 1."),
+        ("optimizer={name='bop', rest='sgd', momentum=0}", "nesterov = true, which needs a momentum above 0."),
+        ("optimizer={name='muon', momentum=0}", "nesterov = true, which needs a momentum above 0."),
+        ("optimizer={name='muon', muon_momentum=0}", "nesterov = true, which needs a muon_momentum above 0."),
+        ("optimizer={name='muon', muon_steps=0}", "'optimizer.muon_steps' must be at least 1, not 0."),
+        (
+            "optimizer={name='muon', muon_normalize='all'}",
+            "'optimizer.muon_normalize' must be 'tensor', 'filter' or 'none', not the string 'all'.",
+        ),
         ("optimizer.betas=[0.9]", "'optimizer.betas' must be a list of 2 values, not [0.9]."),
         ("optimizer={}\noptimizer=1", "'optimizer' must be a table, not the string"),
         ("train.epochs=1.5", "'train.epochs' must be a whole number, not 1.5."),
@@ -67,6 +88,17 @@ def test_binary_recipes_differ_only_in_binarisation(binary: str, allowed: set[st
         ("schedule.final=2", "'schedule.final' must be at most 1, not 2."),
         ("data.holdout=-1", "'data.holdout' must be at least 0, not -1."),
         ("binarize.weights=3", "'binarize.weights' must be the name of a binarizer or a table with a 'name', not 3."),
+        (
+            "binarize.standardize=3",
+            "'binarize.standardize' must be true, false, the name of a transform or a table with a 'name', not 3.",
+        ),
+        ("binarize.standardize={tau_end=0.9}", "the name of a transform or a table with a 'name', not a table."),
+        ("binarize.standardize=none", "'binarize.standardize' must be true, false, the name of"),
+        ("binarize.scale=sdt", "'binarize.scale' must be 'channel', 'tensor', 'std', 'learned' or 'none', not"),
+        ("binarize.center=median", "'binarize.center' must be 'mean' or 'learned', not the string 'median'."),
+        ("binarize.adaptive_set=1", "'binarize.adaptive_set' must be true or false, not 1."),
+        ("binarize.gradient_branch=-0.1", "'binarize.gradient_branch' must be at least 0, not -0.1."),
+        ("binarize.gradient_branch=true", "'binarize.gradient_branch' must be a number, not true."),
         ("binarize.weights=none", "'binarize' needs 'weights', 'activations' or both"),
         ("train=3", "'train' must be a table, not 3."),
     ],
@@ -121,6 +153,27 @@ def test_overrides() -> None:
     assert load_recipe(DIGITS, ["binarize=none"]).binarize is None
 
 
+def test_keys_of_one_optimizer() -> None:
+    # Resolved where they count; absent elsewhere, so that runs from before they existed still resume.
+    plain = load_recipe(DIGITS).to_dict()["optimizer"]
+    shared = {"name", "lr", "momentum", "nesterov", "betas", "weight_decay"}
+    assert plain.keys() == shared
+    muon = load_recipe(DIGITS, ["optimizer.name=muon", "optimizer.muon_steps=5"])
+    own = {
+        "rest": "sgd",
+        "muon_momentum": 0.6,
+        "muon_steps": 5,
+        "muon_normalize": "tensor",
+        "muon_filters": False,
+    }
+    assert muon.to_dict()["optimizer"] == plain | {"name": "muon"} | own
+    bop = load_recipe(DIGITS, ["optimizer.name=bop", "optimizer.gamma=none", "optimizer.rest=sgd"])
+    assert bop.to_dict()["optimizer"] == plain | {"name": "bop", "rest": "sgd", "gamma": 1e-4, "threshold": 1e-8}
+    for recipe in (muon, bop):
+        assert make_recipe(tomllib.loads(recipe.to_toml()), "again") == recipe
+    assert load_recipe(DIGITS, ["optimizer.name=adamw", "optimizer.gamma=none"]).optimizer.gamma is None
+
+
 def test_extends(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "base.toml").write_text(f'extends = "{DIGITS}"\n[binarize]\nweights = {{name = "ab_tanh", k = 2.0}}\n')
@@ -156,6 +209,25 @@ def test_unknown_recipe() -> None:
         load_recipe("cifar10-resnet20-w1a33")
     with pytest.raises(ConfigError, match=r"recipe file 'gone\.toml' does not exist"):
         load_recipe("gone.toml")
+
+
+def test_pieces_of_methods() -> None:
+    plain = load_recipe(DIGITS).binarize
+    assert plain is not None
+    new = {"center", "adaptive_set", "gradient_branch"}
+    assert not new & plain.model_dump(exclude_none=True).keys()  # so that a run from before there were any resumes
+    assert plain.arguments()["adaptive_set"] is False
+    given = ["standardize=recu", "standardize.tau_end=0.95", "scale=std", "scale_gradient=true", "center=mean"]
+    given += ["activations=approx_sign", "adaptive_set=true", "gradient_branch=0.1"]
+    recipe = load_recipe(DIGITS, [f"binarize.{each}" for each in given])
+    assert make_recipe(tomllib.loads(recipe.to_toml()), "again") == recipe
+    assert recipe.binarize is not None
+    arguments = recipe.binarize.arguments()
+    assert arguments["standardize"] == {"name": "recu", "tau_end": 0.95}
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 1))
+    convert(model, **arguments, example_input=torch.zeros(1, 1, 8, 8))
+    assert isinstance(model[1], GradientBranch) and isinstance(model[1].layer, AdaptiveSet)
+    assert load_recipe(DIGITS, ["binarize.standardize=false"]).to_dict()["binarize"]["standardize"] is False
 
 
 def test_first_difference() -> None:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from abste.deploy import format as abste_format
 from abste.deploy.graph import Array, Graph, Node, Op
-from abste.nn.layers import BINARY_LAYERS, _BinaryLayer
+from abste.nn.layers import BINARY_LAYERS, BinaryActivation, _BinaryLayer
 from abste.runtime.network import Network
 from abste.runtime.reference import run as run_reference
 
@@ -242,15 +242,24 @@ def _compare(
     threads: int | None,
 ) -> None:
     seen: dict[str, list[Tensor]] = {}  # a layer may be called several times
+    signs: dict[int, tuple[Tensor, int, Tensor]] = {}  # what sign modules give, by its memory, and what they take
+
+    def note(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        signs[output.untyped_storage().data_ptr()] = output, output._version, args[0].detach()
 
     def keep(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen.setdefault(name, []).append(args[0].detach())
+            x = args[0].detach()
+            output, version, before = signs.get(x.untyped_storage().data_ptr(), (x, x._version, x))
+            # How far from zero a number lies can only be seen before its sign is taken.
+            x = before.reshape(x.shape) if output._version == version and output.numel() == x.numel() else x
+            seen.setdefault(name, []).append(x)
 
         return hook
 
     nodes = [(number, node) for number, node in enumerate(graph.nodes) if node.op is Op.XNOR and node.name in layers]
     handles = [layers[name].register_forward_pre_hook(keep(name)) for name in {node.name for _, node in nodes}]
+    handles += [m.register_forward_hook(note) for m in model.modules() if isinstance(m, BinaryActivation)]
     try:
         with torch.no_grad():
             results = [output.float().numpy() for output in tree_leaves(model(images)) if isinstance(output, Tensor)]

@@ -1,31 +1,42 @@
 """Binary layers, and the functions that turn any torch model into a binary one."""
 
+from abste.nn.branch import GradientBranch, remove_branches
 from abste.nn.convert import ConversionReport, LayerReport, convert
+from abste.nn.latents import ReCU, Standardize, standardize
 from abste.nn.layers import (
     BinaryActivation,
     BinaryConv1d,
     BinaryConv2d,
     BinaryLinear,
     BinaryWeight,
-    standardize,
 )
 from abste.nn.parameters import latent_weights, parameter_groups, recalibrate_batch_norm
+from abste.nn.pieces import AdaptiveSet, ChannelShift, Maxout, RPReLU, RSign
 from abste.nn.summary import LayerCost, Summary, summary
 
 __all__ = [
+    "AdaptiveSet",
     "BinaryActivation",
     "BinaryConv1d",
     "BinaryConv2d",
     "BinaryLinear",
     "BinaryWeight",
+    "ChannelShift",
     "ConversionReport",
+    "GradientBranch",
     "LayerCost",
     "LayerReport",
+    "Maxout",
+    "RPReLU",
+    "RSign",
+    "ReCU",
+    "Standardize",
     "Summary",
     "convert",
     "latent_weights",
     "parameter_groups",
     "recalibrate_batch_norm",
+    "remove_branches",
     "standardize",
     "summary",
 ]

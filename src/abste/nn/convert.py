@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -17,7 +17,10 @@ from torch.utils._pytree import tree_leaves
 from abste.errors import ConfigError, ConversionError, nearest
 from abste.estimators import Binarizer, Spec
 from abste.nn._probe import LayerTrace, first_line, probe
-from abste.nn.layers import BINARY_LAYERS, BinaryConv1d, BinaryConv2d, BinaryLinear, Scale
+from abste.nn.branch import GradientBranch
+from abste.nn.latents import LatentSpec
+from abste.nn.layers import BINARY_LAYERS, BinaryConv1d, BinaryConv2d, BinaryLinear, Center, Scale
+from abste.nn.pieces import AdaptiveSet
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 _COUNTERPARTS: dict[type[nn.Module], type[BinaryConv1d | BinaryConv2d | BinaryLinear]] = {
@@ -95,11 +98,14 @@ def convert(
     keep_last: bool = True,
     keep_projections: bool = True,
     unsigned_inputs: Literal["error", "keep_float", "weights_only", "batch_norm"] = "error",
-    standardize: bool = True,
+    standardize: LatentSpec = True,
     normalize: bool = True,
     scale: Scale = "channel",
     scale_gradient: bool = False,
+    center: Center = None,
     pad_value: float = 0,
+    adaptive_set: bool = False,
+    gradient_branch: float | None = None,
 ) -> ConversionReport:
     """Make the Conv1d, Conv2d and Linear layers of ``model`` binary, in place, with the weights they have as latents.
 
@@ -112,6 +118,9 @@ def convert(
     and layers that can not be swapped safely: subclasses, which may have a forward of their own, parametrised or
     shared weights, layers whose weight is read without calling them (as in torch.nn.MultiheadAttention), and layers
     that the forward does not reach.
+
+    Shifts and activations (:class:`~abste.nn.RSign`, :class:`~abste.nn.RPReLU`) are not put in: where they belong is
+    for the network to say. Write them into it; the conversion leaves them alone.
 
     Args:
         model: any module that calls its layers, initialised, on a real device; not such a layer itself.
@@ -128,8 +137,12 @@ def convert(
             binarised: the sign would be a constant +1. ``"error"`` refuses; ``"keep_float"`` leaves those layers
             float; ``"weights_only"`` binarises only their weights; ``"batch_norm"`` puts a batch norm before them, so
             that a Sequential of ``norm`` and ``layer`` stands at their name.
-        standardize, normalize, scale, scale_gradient, pad_value: as in :class:`~abste.nn.BinaryConv2d`. ``pad_value``
-            goes to the convolutions with zero padding.
+        standardize, normalize, scale, scale_gradient, center, pad_value: as in :class:`~abste.nn.BinaryConv2d`.
+            ``pad_value`` goes to the convolutions with zero padding.
+        adaptive_set: put an :class:`~abste.nn.AdaptiveSet` around every layer whose input is binarised, so that this
+            stands at its name.
+        gradient_branch: eta of a :class:`~abste.nn.GradientBranch` around every layer; None for none. Around the set,
+            where there are both.
 
     Returns:
         A report of every module with a weight.
@@ -138,8 +151,24 @@ def convert(
         ConversionError: nothing to binarise; unsigned inputs; the model fails on ``example_input``.
         ConfigError: an unknown estimator or option. After either, the model is as it was.
     """
-    options = {"standardize": standardize, "normalize": normalize, "scale": scale, "scale_gradient": scale_gradient}
-    _check(model, weights, activations, unsigned_inputs, {**options, "pad_value": pad_value})
+    options: dict[str, Any] = {
+        "standardize": standardize,
+        "normalize": normalize,
+        "scale": scale,
+        "scale_gradient": scale_gradient,
+        "center": center,
+    }
+
+    def around(layer: nn.Module) -> nn.Module:
+        if adaptive_set and layer.activation is not None:
+            layer = AdaptiveSet(cast(BinaryConv2d, layer))
+        if gradient_branch is not None:
+            layer = GradientBranch(cast(BinaryConv2d, layer), eta=gradient_branch)
+        return layer
+
+    _check(model, weights, activations, unsigned_inputs, {**options, "pad_value": pad_value}, around)
+    if adaptive_set and activations is None:
+        raise ConfigError("convert: adaptive_set gives binarised inputs their two values, and needs activations.")
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, _LAYERS) or _matrices(module):
@@ -205,14 +234,25 @@ def convert(
     )
     for module, (own_activations, _) in plans.items():
         _make_binary(module, weights, own_activations, options, pad_value)
-    for module, norm in norms.items():
-        pair = nn.Sequential(OrderedDict(norm=norm, layer=module)).train(module.training)
-        for name in names[module]:
-            model.set_submodule(name, pair)
+    for module in plans:
+        outer = around(module)
+        if module in norms:
+            outer = nn.Sequential(OrderedDict(norm=norms[module], layer=outer))
+        if outer is not module:
+            outer.train(module.training)
+            for name in names[module]:
+                model.set_submodule(name, outer)
     return report
 
 
-def _check(model: nn.Module, weights: Spec, activations: Spec, unsigned_inputs: str, options: dict[str, Any]) -> None:
+def _check(
+    model: nn.Module,
+    weights: Spec,
+    activations: Spec,
+    unsigned_inputs: str,
+    options: dict[str, Any],
+    around: Callable[[nn.Module], nn.Module],
+) -> None:
     """Raise what can be known without running the model."""
     if not isinstance(model, nn.Module):
         raise ConfigError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}.")
@@ -220,7 +260,7 @@ def _check(model: nn.Module, weights: Spec, activations: Spec, unsigned_inputs: 
         raise ConfigError(f"unknown unsigned_inputs {unsigned_inputs!r}; {nearest(unsigned_inputs, _UNSIGNED)}")
     if weights is None and activations is None:
         raise ConfigError("convert: weights and activations are both None, so there is nothing to binarise.")
-    BinaryConv2d(1, 1, 1, device="meta", weights=weights, activations=activations, **options)
+    around(BinaryConv2d(1, 1, 1, device="meta", weights=weights, activations=activations, **options))
     if isinstance(model, _LAYERS):
         raise ConversionError(
             f"the model is a single {type(model).__name__}: put it in a Sequential, or use abste.nn directly."
@@ -237,8 +277,8 @@ def _check(model: nn.Module, weights: Spec, activations: Spec, unsigned_inputs: 
 
 def _matrices(module: nn.Module) -> list[Tensor]:
     """The parameters of its own that are weights rather than biases, norms or other vectors."""
-    if isinstance(module, ParametrizationList):
-        return []  # counted with the layer it belongs to
+    if isinstance(module, ParametrizationList | GradientBranch):
+        return []  # counted with the layer it belongs to, or not at all
     return [p for p in module._parameters.values() if p is not None and sum(size > 1 for size in p.shape) >= 2]
 
 

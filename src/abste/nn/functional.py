@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from abste.estimators import Binarizer, sign
+from abste.estimators import Binarizer
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,6 @@ class Product:
 Contraction = Convolution | Product
 
 
-def _signs(x: Tensor, dtype: torch.dtype) -> Tensor:
-    # In two steps where the dtype changes: a comparison that also converts is not vectorised on CPU.
-    return sign(x).to(dtype)
-
-
 def _per_filter(weight: Tensor, *factors: Tensor | None) -> Tensor:
     """The weight times the factors, each one number or one per filter; itself where all are None."""
     given = [factor.to(weight.dtype) for factor in factors if factor is not None]
@@ -99,12 +94,17 @@ def _per_filter(weight: Tensor, *factors: Tensor | None) -> Tensor:
     return weight * factor.view(-1, *([1] * (weight.dim() - 1)))
 
 
-class _Contract(torch.autograd.Function):
-    """y = scale * contraction(sign(x) or x, weight).
+def _binary(x: Tensor, inverse_rms: Tensor | None, binarizer: Binarizer, dtype: torch.dtype) -> Tensor:
+    """±1. What is not the sign is taken at x / rms, as in BinaryActivation; the sign does not depend on that."""
+    return binarizer.binarize(x if binarizer.is_sign or inverse_rms is None else x * inverse_rms.to(x.dtype), dtype)
 
-    Two things plain autograd would not do: it keeps x alone and takes its sign again in the backward, and it applies
-    the scale to the small weight rather than to something large. In the forward it does that where x is in full
-    precision; ±1 are summed first, which is exact.
+
+class _Contract(torch.autograd.Function):
+    """y = scale * contraction(binary value of x or x, weight).
+
+    Two things plain autograd would not do: it keeps x alone and binarises it again in the backward (but for bits that
+    were drawn, which it keeps), and it applies the scale to the small weight rather than to something large. In the
+    forward it does that where x is in full precision; ±1 are summed first, which is exact.
     """
 
     @staticmethod
@@ -118,27 +118,30 @@ class _Contract(torch.autograd.Function):
         op: Contraction,
         *taps: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, scale, inverse_rms)
         ctx.binarizer, ctx.op = binarizer, op
         if binarizer is None:
+            ctx.save_for_backward(x, weight, scale, inverse_rms, None)
             return op.forward(x, _per_filter(weight, scale))
-        y = op.forward(_signs(x, weight.dtype), weight)
+        bits = _binary(x, inverse_rms, binarizer, weight.dtype)
+        ctx.save_for_backward(x, weight, scale, inverse_rms, bits if binarizer.stochastic else None)
+        y = op.forward(bits, weight)
         return y if scale is None else y.mul_(op.per_channel(scale.to(y.dtype)))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, scale, inverse_rms = ctx.saved_tensors
+        x, weight, scale, inverse_rms, bits = ctx.saved_tensors
         binarizer, op = ctx.binarizer, ctx.op
         need_x, need_weight, need_scale = ctx.needs_input_grad[:3]
         need_taps = any(ctx.needs_input_grad[6:])
         grad_taps: tuple[Tensor | None, ...] = (None,) * len(ctx.needs_input_grad[6:])
 
-        # d sign(x / r) / dx is the slope at x / r, divided by r: on the weight that costs nothing.
+        # d binary(x / r) / dx is the slope at x / r, divided by r: on the weight that costs nothing.
         back = _per_filter(weight, scale, inverse_rms if need_x or need_taps else None)
-        signs = x if binarizer is None else _signs(x, weight.dtype)
-        grad_x, grad_weight = op.backward(grad, signs, back, need_x or need_taps, need_weight or need_scale)
-        del signs  # its memory serves the estimator
+        if bits is None:
+            bits = x if binarizer is None else _binary(x, inverse_rms, binarizer, weight.dtype)
+        grad_x, grad_weight = op.backward(grad, bits, back, need_x or need_taps, need_weight or need_scale)
+        del bits  # its memory serves the estimator
         grad_scale = None
         if need_scale:
             wide = torch.promote_types(weight.dtype, torch.float32)
@@ -149,7 +152,7 @@ class _Contract(torch.autograd.Function):
             grad_x = grad_x.to(x.dtype)
             if need_taps:
                 grad_x, *measured = binarizer.gradients(grad_x, seen)
-                # What is learned wants the gradient of the sign itself, without 1 / rms.
+                # What is learned wants the gradient of the binary value itself, without 1 / rms.
                 grad_taps = tuple(g if inverse_rms is None else g / inverse_rms.to(g.dtype) for g in measured)
             else:
                 grad_x = binarizer.backward(grad_x, seen)

@@ -12,17 +12,20 @@ from torch import Tensor, nn
 from abste.errors import ConfigError, nearest
 from abste.estimators import Binarizer, Spec, resolve
 from abste.nn.functional import Contraction, Convolution, Product, contract
+from abste.nn.latents import EPS, LatentSpec, resolve_latents, standardize
 
-Scale = Literal["channel", "tensor", "learned"] | None
+Scale = Literal["channel", "tensor", "std", "learned"] | None
 """What multiplies the sums: see :class:`BinaryConv2d`."""
+Center = Literal["mean", "learned"] | None
+"""What is added to the weights: see :class:`BinaryConv2d`."""
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
-_SCALES = ("channel", "tensor", "learned")
-_EPS = 1e-10
+_SCALES = ("channel", "tensor", "std", "learned")
+_CENTERS = ("mean", "learned")
 
 
 class BinaryWeight(NamedTuple):
-    """The weight a binary layer computes with.
+    """The weight a binary layer computes with, but for a centre (see :meth:`BinaryConv2d.binary_center`).
 
     Attributes:
         sign: ±1, of the shape and dtype of the latent weight.
@@ -31,25 +34,6 @@ class BinaryWeight(NamedTuple):
 
     sign: Tensor
     scale: Tensor | None
-
-
-def standardize(weight: Tensor) -> Tensor:
-    """The latent weight with each filter's mean and RMS removed, in float32; gradients go through both.
-
-    Where the fan-in is 1 there is no mean to remove, and an RMS per filter would leave nothing but the sign (and a
-    gradient of zero): the RMS of the whole tensor takes its place.
-
-    Args:
-        weight: (out, ...).
-
-    Returns:
-        Same shape, float32 (float64 stays float64); each filter has mean 0 and RMS 1.
-    """
-    wide = weight if weight.dtype == torch.float64 else weight.float()
-    flat = wide.flatten(1)
-    if flat.shape[1] == 1:
-        return wide / (wide.square().mean() + _EPS).sqrt()
-    return F.layer_norm(flat, flat.shape[1:], eps=_EPS).view_as(wide)
 
 
 class BinaryActivation(nn.Module):
@@ -98,7 +82,7 @@ class BinaryActivation(nn.Module):
             weight = (1.0 / self.num_batches_tracked).clamp(min=self.momentum).to(batch.dtype)
             self.mean_square.lerp_(batch, weight)
         # The limit is what float16 can hold: a layer that has seen nothing but zeros must not turn them into NaN.
-        return (self.mean_square.float() + _EPS).rsqrt().clamp(max=6e4)
+        return (self.mean_square.float() + EPS).rsqrt().clamp(max=6e4)
 
     def forward(self, x: Tensor) -> Tensor:
         """sign(x)."""
@@ -119,58 +103,87 @@ class _BinaryLayer(nn.Module):
     weight: Tensor
     weight_binarizer: Binarizer | None
     activation: BinaryActivation | None
+    standardize: bool | nn.Module
     learned_scale: nn.Parameter | None
+    learned_center: nn.Parameter | None
 
     def _binarize(
         self,
         weights: Spec,
         activations: Spec,
         *,
-        standardize: bool,
+        standardize: LatentSpec,
         normalize: bool,
         scale: Scale,
         scale_gradient: bool,
+        center: Center = None,
     ) -> None:
         """What makes a torch.nn layer binary, apart from its class."""
         if scale is not None and scale not in _SCALES:
             raise ConfigError(f"unknown scale {scale!r}; {nearest(scale, _SCALES)}")
+        if center is not None and center not in _CENTERS:
+            raise ConfigError(f"unknown center {center!r}; {nearest(center, _CENTERS)}")
         if not self.weight.is_floating_point():
             raise ConfigError(f"{type(self).__name__} needs a floating-point dtype, got {self.weight.dtype}.")
         self.weight_binarizer = resolve(weights, "weights")
         self.activation = None if activations is None else BinaryActivation(activations, normalize=normalize)
-        self.standardize = standardize
+        self.standardize = resolve_latents(standardize)
         self.scale = scale if self.weight_binarizer is not None else None
+        self.center = center if self.weight_binarizer is not None else None
         self.scale_gradient = scale_gradient
-        self.learned_scale = None
+        self.learned_scale = self.learned_center = None
         if self.scale == "learned":
             self.learned_scale = nn.Parameter(self.weight.new_empty(self.weight.shape[0]))
+        if self.center == "learned":
+            self.learned_center = nn.Parameter(self.weight.new_empty(self.weight.shape[0]))
         self.reset_scale()
         self.to(self.weight.device)  # the state of the estimators
 
     @torch.no_grad()
     def reset_scale(self) -> None:
-        """Set a learned scale to mean |latent| per output channel, where it starts."""
+        """Set a learned scale to mean |latent| per output channel, and a learned centre to the mean: their starts."""
         if self.learned_scale is not None:
             self.learned_scale.copy_(self.weight.abs().flatten(1).mean(1))
+        if self.learned_center is not None:
+            self.learned_center.copy_(self.weight.flatten(1).mean(1))
+
+    def _measured(self) -> Tensor:
+        """The latents that a scale or a centre is computed from."""
+        return self.weight if self.scale_gradient else self.weight.detach()
 
     def _scale(self) -> Tensor | None:
         if self.scale is None or self.scale == "learned":
             return self.learned_scale
-        latent = self.weight if self.scale_gradient else self.weight.detach()
+        latent = self._measured()
+        if self.scale == "std":
+            flat = latent.flatten(1).to(torch.promote_types(latent.dtype, torch.float32))
+            return ((flat - flat.mean(1, keepdim=True)).square().mean(1) + EPS).sqrt()
         size = latent.abs()
         return size.flatten(1).mean(1) if self.scale == "channel" else size.mean().view(1)
+
+    def _center(self) -> Tensor | None:
+        return self._measured().flatten(1).mean(1) if self.center == "mean" else self.learned_center
 
     def _clamp_latents(self) -> None:
         # A raw latent beyond the clip gets no gradient and would never come back. Through .data, since a layer that
         # is called twice before the backward still needs the first call's weight, whose values this does not change.
         binarizer = self.weight_binarizer
-        if self.training and binarizer is not None and not self.standardize and binarizer.t < math.inf:
+        if self.training and binarizer is not None and self.standardize is False and binarizer.t < math.inf:
             self.weight.data.clamp_(-binarizer.t, binarizer.t)
 
     def _signs(self) -> Tensor:
         if self.weight_binarizer is None:
             return self.weight
-        latent = standardize(self.weight) if self.standardize else self.weight
+        latent = self.weight
+        if isinstance(self.standardize, nn.Module):
+            latent = self.standardize(latent)
+            if latent.shape != self.weight.shape:
+                raise ConfigError(
+                    f"{type(self).__name__}: {type(self.standardize).__name__} (standardize) turns latents of shape "
+                    f"{tuple(self.weight.shape)} into {tuple(latent.shape)}; it must keep their shape."
+                )
+        elif self.standardize:
+            latent = standardize(latent)
         return self.weight_binarizer(latent).to(self.weight.dtype)
 
     @torch.no_grad()
@@ -185,21 +198,81 @@ class _BinaryLayer(nn.Module):
         scale = self._scale()
         return BinaryWeight(self._signs(), None if scale is None else scale.detach().clone())
 
-    def _contract(self, x: Tensor, op: Contraction, bias: Tensor | None) -> Tensor:
+    @torch.no_grad()
+    def binary_center(self) -> Tensor | None:
+        """The float that ``center`` adds to every weight of a filter, (out,), detached; None where there is none."""
+        center = self._center()
+        return None if center is None else center.detach().clone()
+
+    def _contract(self, x: Tensor, op: Contraction, bias: Tensor | None, offset: Tensor | None) -> Tensor:
+        if offset is not None and self.activation is None:
+            raise ConfigError(f"{type(self).__name__}: an offset needs a layer that binarises its input (activations).")
         self._clamp_latents()
         inverse = None if self.activation is None else self.activation.inverse_rms(x)
         binarizer = None if self.activation is None else self.activation.estimator
-        y = contract(x, self._signs(), op, self._scale(), binarizer, inverse)
+        signs, scale, center = self._signs(), self._scale(), self._center()
+        if center is None:
+            y = contract(x, signs, op, scale, binarizer, inverse)
+        else:
+            y = _contract_centered(x, signs, op, scale, center, binarizer, inverse)
+        if offset is not None:
+            y = y + (offset * self._of_ones(x, signs, op, scale, center)).to(y.dtype)
         return y if bias is None else y + op.per_channel(bias.to(y.dtype))
+
+    def _of_ones(
+        self, x: Tensor, signs: Tensor, op: Contraction, scale: Tensor | None, center: Tensor | None
+    ) -> Tensor:
+        """What the layer, without its bias, gives for an input of ones of the shape of x: of one image."""
+        column = [-1] + [1] * (signs.dim() - 1)
+        kernel = signs.sum(1, keepdim=True)
+        if scale is not None:
+            kernel = kernel * scale.view(column)
+        if center is not None:
+            kernel = kernel + signs.shape[1] * center.view(column)
+        if isinstance(op, Product):
+            return kernel.squeeze(1)
+        plane = torch.ones((1, 1, *x.shape[2:]), dtype=kernel.dtype, device=x.device)
+        fill = 1.0 if op.pad_value else 0.0  # a border of ±1 is bits too, and zeros are zeros
+        return Convolution(op.stride, op.padding, op.dilation, 1, op.border, fill).forward(plane, kernel)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
         parts = [super().extra_repr(), f"scale={self.scale!r}"]
-        if not self.standardize:
+        if self.center is not None:
+            parts.append(f"center={self.center!r}")
+        if self.standardize is False:
             parts.append("standardize=False")
         if self.scale_gradient:
             parts.append("scale_gradient=True")
         return ", ".join(parts)
+
+
+def _contract_centered(
+    x: Tensor,
+    signs: Tensor,
+    op: Contraction,
+    scale: Tensor | None,
+    center: Tensor,
+    binarizer: Binarizer | None,
+    inverse: Tensor | None,
+) -> Tensor:
+    """contract(x, scale signs + center): the sum of x over the window is that of one more filter of +1 in each group.
+
+    So ±1 are still summed first, and one backward through x serves both terms.
+    """
+    convolves = isinstance(op, Convolution)
+    groups = op.groups if isinstance(op, Convolution) else 1
+    rows = signs.unflatten(0, (groups, -1))
+    weight = torch.cat([rows, torch.ones_like(rows[:, :1])], 1).flatten(0, 1)
+    factor = None
+    if scale is not None:
+        each = scale.expand(len(signs)).unflatten(0, (groups, -1))
+        factor = torch.cat([each, torch.ones_like(each[:, :1])], 1).flatten()
+    y = contract(x, weight, op, factor, binarizer, inverse)
+    channel = 1 if convolves else y.dim() - 1
+    sums, window = y.unflatten(channel, (groups, -1)).split([rows.shape[1], 1], channel + 1)
+    added = center.to(y.dtype).view(groups, -1, *[1] * (y.dim() - 2 if convolves else 0))
+    return (sums + added * window).flatten(channel, channel + 1)
 
 
 def _check_float(layer: nn.Module, x: Tensor) -> None:
@@ -225,10 +298,11 @@ class _BinaryConv(_BinaryLayer, nn.modules.conv._ConvNd):
         *,
         weights: Spec = "ab_tanh",
         activations: Spec = None,
-        standardize: bool = True,
+        standardize: LatentSpec = True,
         normalize: bool = True,
         scale: Scale = "channel",
         scale_gradient: bool = False,
+        center: Center = None,
         pad_value: float = 0,
     ) -> None:
         shape = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
@@ -241,6 +315,7 @@ class _BinaryConv(_BinaryLayer, nn.modules.conv._ConvNd):
             normalize=normalize,
             scale=scale,
             scale_gradient=scale_gradient,
+            center=center,
             pad_value=pad_value,
         )
 
@@ -263,8 +338,8 @@ class _BinaryConv(_BinaryLayer, nn.modules.conv._ConvNd):
                 border = tuple(self._reversed_padding_repeated_twice)
         return Convolution(self.stride, padding, self.dilation, self.groups, border, self.pad_value)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve."""
+    def forward(self, x: Tensor, offset: Tensor | None = None) -> Tensor:
+        """Convolve. An ``offset``, one number, is added to the binarised input (see :class:`~abste.nn.AdaptiveSet`)."""
         _check_float(self, x)
         spatial = len(self.stride)
         if x.dim() not in (spatial + 1, spatial + 2) or x.shape[-spatial - 1] != self.in_channels:
@@ -277,7 +352,7 @@ class _BinaryConv(_BinaryLayer, nn.modules.conv._ConvNd):
             x = x.unsqueeze(0)
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-        y = self._contract(x, self._geometry(), self.bias)
+        y = self._contract(x, self._geometry(), self.bias, offset)
         return y.squeeze(0) if single else y
 
     def extra_repr(self) -> str:
@@ -293,7 +368,7 @@ class BinaryConv1d(_BinaryConv, nn.Conv1d):
     Args:
         in_channels ... dtype: as in :class:`torch.nn.Conv1d`.
         weights, activations: binarizers of the weights and of the input; None is full precision.
-        standardize, normalize, scale, scale_gradient, pad_value: see :class:`BinaryConv2d`.
+        standardize, normalize, scale, scale_gradient, center, pad_value: see :class:`BinaryConv2d`.
 
     Raises:
         ConfigError: an unknown estimator or option; an input of the wrong shape or dtype.
@@ -312,14 +387,24 @@ class BinaryConv2d(_BinaryConv, nn.Conv2d):
         in_channels ... dtype: as in :class:`torch.nn.Conv2d`. A bias is added after the scale, in full precision.
         weights: binarizer of the weights: a name, a table, an object (copied), or None for full precision.
         activations: binarizer of the input, likewise. None leaves the input alone (W1A32).
-        standardize: binarise the latent weight with each filter's mean and RMS removed (see
-            :func:`~abste.nn.standardize`), which gives estimators an input of known scale. False takes the raw
-            latents, and in training clamps them to ±t of a clipped estimator, or they would die.
+        standardize: what happens to the latent weight before its binarizer. True removes each filter's mean and RMS
+            (see :func:`~abste.nn.standardize`), which gives estimators an input of known scale. False takes the raw
+            latents, and in training clamps them to ±t of a clipped estimator, or they would die. ``"recu"``, or a table
+            with that name and arguments, is :class:`~abste.nn.ReCU`. Any other module that keeps the shape will do; it
+            is copied.
         normalize: take the slope of ``activations`` at the input divided by its running RMS (see
             :class:`BinaryActivation`); False takes it at the input itself.
-        scale: ``"channel"``, the mean of |latent| per output channel; ``"tensor"``, over the whole tensor;
-            ``"learned"``, a parameter per output channel that starts as the first; or None. Applied after the sum.
-        scale_gradient: let gradient reach the latents also through a scale that is computed from them.
+        scale: ``"channel"``, the mean of |latent| per output channel; ``"tensor"``, over the whole tensor; ``"std"``,
+            the standard deviation of the latents of an output channel; ``"learned"``, a parameter per output channel
+            that starts as the first; or None. Applied after the sum. It is that of the latents in ``weight``, whatever
+            ``standardize`` makes of them.
+        scale_gradient: let gradient reach the latents also through a scale and a centre that are computed from them.
+        center: what is added to scale * sign(w), so that the two values of a filter are center ± scale: ``"mean"``,
+            that of its latents; ``"learned"``, a parameter per output channel that starts as it; or None (default): the
+            values lie around zero. Costs the sum of the input over each window, which is one more binary filter for
+            each group; exports hold it so. Where the fan-in is 1, the mean is the latent itself, and nothing binary is
+            left. AdaBin (arXiv 2208.08084; huawei-noah/Efficient-Computing, BinaryNetworks/AdaBin) has
+            ``scale="std", scale_gradient=True, center="mean"`` for weights.
         pad_value: 0, 1 or -1: what zero padding adds to the binarised input. 0 is added after sign, so it stays 0.
             ±1 keeps the input one bit wide, and needs ``activations``.
 
@@ -336,7 +421,7 @@ class BinaryLinear(_BinaryLayer, nn.Linear):
     Args:
         in_features ... dtype: as in :class:`torch.nn.Linear`.
         weights, activations: binarizers of the weights and of the input; None is full precision.
-        standardize, normalize, scale, scale_gradient: see :class:`BinaryConv2d`.
+        standardize, normalize, scale, scale_gradient, center: see :class:`BinaryConv2d`.
 
     Raises:
         ConfigError: an unknown estimator or option; an input of the wrong shape or dtype.
@@ -352,10 +437,11 @@ class BinaryLinear(_BinaryLayer, nn.Linear):
         *,
         weights: Spec = "ab_tanh",
         activations: Spec = None,
-        standardize: bool = True,
+        standardize: LatentSpec = True,
         normalize: bool = True,
         scale: Scale = "channel",
         scale_gradient: bool = False,
+        center: Center = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self._binarize(
@@ -365,14 +451,15 @@ class BinaryLinear(_BinaryLayer, nn.Linear):
             normalize=normalize,
             scale=scale,
             scale_gradient=scale_gradient,
+            center=center,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply by the weight."""
+    def forward(self, x: Tensor, offset: Tensor | None = None) -> Tensor:
+        """Multiply. An ``offset``, one number, is added to the binarised input (see :class:`~abste.nn.AdaptiveSet`)."""
         _check_float(self, x)
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ConfigError(f"BinaryLinear needs an input of shape (..., {self.in_features}), got {tuple(x.shape)}.")
-        return self._contract(x, Product(), self.bias)
+        return self._contract(x, Product(), self.bias, offset)
 
 
 BINARY_LAYERS = (BinaryConv1d, BinaryConv2d, BinaryLinear)

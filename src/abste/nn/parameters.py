@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from abste.errors import ConfigError
+from abste.estimators import IdentitySTE
 from abste.nn.layers import BINARY_LAYERS
 
 
@@ -26,6 +28,8 @@ def parameter_groups(
     *,
     latent_lr: float | None = None,
     latent_weight_decay: float | None = None,
+    filters: bool = False,
+    flips: bool = False,
 ) -> list[dict[str, Any]]:
     """Split a model's parameters into latents, other weights, and norms and biases, for any torch optimizer.
 
@@ -37,13 +41,18 @@ def parameter_groups(
         latent_lr: learning rate of the latents; default ``lr``.
         latent_weight_decay: weight decay of the latents; default ``weight_decay``. On standardised latents, whose
             size does not matter to the output, it sets the effective step size rather than shrink anything.
+        filters: give the weights of three or more dimensions, those of convolutions in full precision, a group of
+            their own, with the rates of the other weights, for optimizers such as :class:`abste.optim.Muon`.
+        flips: the latents are for an optimizer that flips signs, :class:`abste.optim.Bop`, which makes them ±1. Their
+            group, which comes first, then has no lr and no weight_decay, and their layers are checked.
 
     Returns:
-        Groups with keys params, lr, weight_decay and name (``"latents"``, ``"weights"``, ``"norms_biases"``); empty
-        ones are left out. Parameters that need no gradient are in none.
+        Groups with keys params, lr, weight_decay and name (``"latents"``, ``"filters"``, ``"weights"``,
+        ``"norms_biases"``); empty ones are left out. Parameters that need no gradient are in none.
 
     Raises:
-        ConfigError: a negative or missing rate, or a model without trainable parameters.
+        ConfigError: a negative or missing rate; a model without trainable parameters; or with ``flips``, one without
+            trainable latents, or a binary layer that does not take its weights as they are.
     """
     rates: dict[str, Any] = {
         "lr": lr,
@@ -59,6 +68,7 @@ def parameter_groups(
         raise ConfigError("parameter_groups: the model has no parameter that requires a gradient.")
     latents = set(latent_weights(model))
     others = [parameter for parameter in trainable if parameter not in latents]
+    first_of_filters = 3 if filters else math.inf
     groups: list[dict[str, Any]] = [
         {
             "name": "latents",
@@ -67,8 +77,14 @@ def parameter_groups(
             "weight_decay": weight_decay if latent_weight_decay is None else latent_weight_decay,
         },
         {
+            "name": "filters",
+            "params": [parameter for parameter in others if parameter.dim() >= first_of_filters],
+            "lr": lr,
+            "weight_decay": weight_decay,
+        },
+        {
             "name": "weights",
-            "params": [parameter for parameter in others if parameter.dim() >= 2],
+            "params": [parameter for parameter in others if 2 <= parameter.dim() < first_of_filters],
             "lr": lr,
             "weight_decay": weight_decay,
         },
@@ -79,7 +95,37 @@ def parameter_groups(
             "weight_decay": 0.0,
         },
     ]
+    if flips:
+        _check_flips(model, groups[0]["params"])
+        groups[0] = {"name": "latents", "params": groups[0]["params"]}
     return [group for group in groups if group["params"]]
+
+
+def _check_flips(model: nn.Module, latents: list[Tensor]) -> None:
+    """Raise unless there are latents and their layers compute the same with ±1 in their place, and learn from it."""
+    if not latents:
+        raise ConfigError(
+            "parameter_groups: the model has no trainable binary weight that could flip; binarise its weights."
+        )
+    for name, layer in model.named_modules():
+        if not isinstance(layer, BINARY_LAYERS) or layer.weight_binarizer is None:
+            continue
+        if layer.standardize is not False:
+            # The mean of ±1 moves their signs, and the gradient loses its parts along 1 and along the weights.
+            problem = "standardises its weights, which must stay ±1; convert with standardize = false"
+        elif layer.scale not in (None, "learned"):
+            problem = f"takes its scale {layer.scale!r} from its weights, but they are ±1; use 'none' or 'learned'"
+        elif layer.center == "mean":
+            problem = "takes its center from its weights, but they are ±1; use 'learned' or leave it out"
+        elif not isinstance(layer.weight_binarizer, IdentitySTE):
+            # At ±1 the slope of another is one number for all weights: nothing, or a change of the threshold.
+            problem = (
+                f"has the estimator '{layer.weight_binarizer.name}' on weights of ±1, where its slope is a constant; "
+                "use 'identity_ste'"
+            )
+        else:
+            continue
+        raise ConfigError(f"weights that flip instead of following latents: layer '{name}' {problem}.")
 
 
 @torch.no_grad()

@@ -15,7 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 from abste.errors import ConfigError
 from abste.nn._probe import first_line, untouched
+from abste.nn.branch import GradientBranch
 from abste.nn.layers import BINARY_LAYERS
+from abste.nn.pieces import AdaptiveSet
 
 _COLUMNS = {
     "binary_parameters": "1-bit par.",
@@ -35,10 +37,11 @@ class LayerCost:
         name, kind: of the module.
         output_shape: of its first call, without the batch dimension; empty where it was not called.
         binary_parameters: weights that deploy as one bit.
-        float_parameters: all other parameters.
+        float_parameters: all other parameters; but not the branch of a GradientBranch, which only training needs.
         packed_bytes: to store it with 1-bit weights: their bits in whole bytes, and 4 bytes for each float parameter,
-            scale and batch-norm statistic.
-        float_bytes: to store the same layer at 4 bytes an element, without scales.
+            scale, centre and batch-norm statistic; and what else the file holds for centres (a filter of +1 for each
+            group, a factor of 1 for each output channel) and for the zero padding of an AdaptiveSet.
+        float_bytes: to store the same layer at 4 bytes an element, without scales and centres.
         binary_macs: MACs of two binary operands (XNOR and popcount), for the whole batch.
         float_macs: MACs with a float operand, W1A32 among them.
     """
@@ -151,12 +154,14 @@ def summary(model: nn.Module, input_size: Sequence[int], *, dtype: torch.dtype |
         raise ConfigError(f"summary: input_size must be a shape such as (1, 3, 32, 32), got {input_size!r}.")
     owners = {name: module for name, module in model.named_modules() if _counts(module)}
     shapes: dict[nn.Module, tuple[int, ...]] = {}
-    macs: dict[nn.Module, int] = {}
+    macs: dict[nn.Module, tuple[int, int]] = {}
 
     def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if isinstance(output, Tensor):
             shapes.setdefault(module, tuple(output.shape[1:]))
-            macs[module] = macs.get(module, 0) + _macs(module, tree_leaves((args, kwargs))[0], output)
+            before = macs.get(module, (0, 0))
+            found = _macs_by_width(module, tree_leaves((args, kwargs))[0], output)
+            macs[module] = before[0] + found[0], before[1] + found[1]
 
     hooks = [module.register_forward_hook(note, with_kwargs=True) for module in owners.values()]
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
@@ -169,44 +174,82 @@ def summary(model: nn.Module, input_size: Sequence[int], *, dtype: torch.dtype |
         for hook in hooks:
             hook.remove()
     seen: set[nn.Parameter] = set()
-    return Summary(
-        tuple(_cost(name or "(model)", m, shapes.get(m, ()), macs.get(m, 0), seen) for name, m in owners.items()), size
-    )
+    rows = [_cost(name or "(model)", m, shapes.get(m, ()), macs.get(m, (0, 0)), seen) for name, m in owners.items()]
+    return Summary(tuple(rows), size)
 
 
 def _counts(module: nn.Module) -> bool:
+    if isinstance(module, GradientBranch):
+        return False
     owns = any(parameter is not None for parameter in module._parameters.values())
     return owns or isinstance(module, nn.Linear | _ConvNd | _BatchNorm)
 
 
-def _cost(name: str, module: nn.Module, shape: tuple[int, ...], macs: int, seen: set[nn.Parameter]) -> LayerCost:
+def _cost(
+    name: str, module: nn.Module, shape: tuple[int, ...], macs: tuple[int, int], seen: set[nn.Parameter]
+) -> LayerCost:
     binary = module if isinstance(module, BINARY_LAYERS) and module.weight_binarizer is not None else None
-    bits = floats = scales = 0
+    bits = ones = floats = scales = 0
     for key, parameter in module._parameters.items():
         if parameter is None or parameter in seen:  # a shared one is stored once
             continue
         seen.add(parameter)
         if key == "weight" and binary is not None:
             bits = parameter.numel()
-            scales = {"channel": parameter.shape[0], "tensor": 1}.get(binary.scale or "", 0)
+            channels = parameter.shape[0]
+            scales = {"channel": channels, "std": channels, "tensor": 1}.get(binary.scale or "", 0)
+            if binary.center is not None:
+                ones = parameter[0].numel() * getattr(binary, "groups", 1)
+                scales += channels * (2 if binary.center == "mean" else 1)
         else:
             floats += parameter.numel()
+    if isinstance(module, AdaptiveSet) and (taps := _border(module)):
+        channels, centered = module.layer.weight.shape[0], module.layer.center is not None
+        ones += module.layer.weight.shape[1] * getattr(module.layer, "groups", 1) + centered * taps
+        scales += channels * (taps + 1 + 2 * centered)
     statistics = 0
     if isinstance(module, _BatchNorm) and module.running_mean is not None:
         statistics = 2 * module.running_mean.numel()
-    learned = binary.learned_scale.numel() if binary is not None and binary.learned_scale is not None else 0
-    xnor = binary is not None and binary.activation is not None
+    learned = 0
+    if binary is not None:
+        learned = sum(p.numel() for p in (binary.learned_scale, binary.learned_center) if p is not None)
     return LayerCost(
         name=name,
         kind=type(module).__name__,
         output_shape=shape,
         binary_parameters=bits,
         float_parameters=floats,
-        packed_bytes=math.ceil(bits / 8) + 4 * (floats + scales + statistics),
+        packed_bytes=math.ceil(bits / 8) + math.ceil(ones / 8) + 4 * (floats + scales + statistics),
         float_bytes=4 * (bits + floats - learned + statistics),
-        binary_macs=macs if xnor else 0,
-        float_macs=0 if xnor else macs,
+        binary_macs=macs[0],
+        float_macs=macs[1],
     )
+
+
+def _border(adaptive: AdaptiveSet) -> int:
+    """Taps of the convolution of ones that an export needs where zero padding enters the windows of a set; else 0."""
+    layer = adaptive.layer
+    if isinstance(layer, nn.Linear) or layer.pad_value or layer.padding_mode != "zeros":
+        return 0
+    return math.prod(layer.kernel_size) if any(layer._reversed_padding_repeated_twice) else 0
+
+
+def _macs_by_width(module: nn.Module, x: Tensor, output: Tensor) -> tuple[int, int]:
+    """MACs of two binary operands, and the others."""
+    if isinstance(module, AdaptiveSet):
+        taps, positions = _border(module), output.numel() // module.layer.weight.shape[0]
+        if not taps:
+            return 0, 0
+        counted = positions * taps + output.numel() if module.layer.center is not None else 0
+        return x.numel(), output.numel() * taps + counted
+    count = _macs(module, x, output)
+    if not isinstance(module, BINARY_LAYERS) or module.weight_binarizer is None:
+        return 0, count
+    spread = 0
+    if module.center is not None:  # the sums over windows, once for each group, and from there to every channel
+        count += count // module.weight.shape[0] * getattr(module, "groups", 1)
+        spread = output.numel()
+    return (count, spread) if module.activation is not None else (0, count + spread)
 
 
 def _macs(module: nn.Module, x: Tensor, output: Tensor) -> int:

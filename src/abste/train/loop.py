@@ -283,12 +283,15 @@ class _Loop:
         self.epoch_sums = [0.0, 0.0, 0.0]  # loss, correct, images of this epoch up to the last metrics
         self.last_training: dict[str, Any] | None = None
         self.last_evaluation: dict[str, Any] | None = None
-        self.metrics_bytes = 0
+        self.metrics_bytes = self.diagnostics_bytes = 0
+        self.diagnostics_state: dict[str, Any] | None = None
         self.saved_step: int | None = None
         self.signals = _Signals()
         self.git = git_state()  # at the start: the checkout may move on while the run goes on with what it imported
         self.writer: Any = None
         self.metrics_file: Any = None
+        self.diagnostics: Any = None
+        self.diagnostics_file: Any = None
 
     @property
     def step(self) -> int:
@@ -311,6 +314,8 @@ class _Loop:
                 self.progress.line(f"{self.run.path} is already finished")
                 return finished
         _on_rank_zero(self.fabric, lambda: self._open_files(resume))
+        if self.fabric.is_global_zero:  # of its share of the batch; the weights are the same everywhere
+            self.diagnostics = self._diagnostics()
         return None
 
     def _open_files(self, resume: bool) -> None:
@@ -318,10 +323,9 @@ class _Loop:
         write_atomic(run.recipe, self.recipe.to_toml().encode())  # first: it makes the directory a run
         write_atomic(run.conversion, f"{self.conversion}\n".encode())
         try:
-            self.metrics_file = open(run.metrics, "ab")  # noqa: SIM115, closed with the run
-            # What came after the checkpoint will come again.
-            self.metrics_file.truncate(min(self.metrics_bytes, self.metrics_file.tell()))
-            self.metrics_file.seek(0, os.SEEK_END)
+            self.metrics_file = _open_lines(run.metrics, self.metrics_bytes)
+            if self.recipe.diagnostics is not None or run.diagnostics.exists():
+                self.diagnostics_file = _open_lines(run.diagnostics, self.diagnostics_bytes)
             with open(run.sessions, "a", encoding="utf-8") as file:
                 session = {
                     "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -337,7 +341,24 @@ class _Loop:
 
         self.writer = SummaryWriter(str(run.tensorboard), purge_step=self.step + 1 if resume else None)
 
-    metrics_bytes = 0
+    def _diagnostics(self) -> Any:
+        section = self.recipe.diagnostics
+        if section is None or self.recipe.binarize is None:
+            return None
+        from abste.diagnostics import Diagnostics
+
+        diagnostics = Diagnostics(
+            self.model,
+            self.raw_optimizer,
+            every=section.every,
+            sample=section.sample,
+            log=self._write_diagnostics,
+            scaler=getattr(self.fabric.strategy.precision, "scaler", None),
+            step=self.step,
+        )
+        if self.diagnostics_state is not None:
+            diagnostics.load_state_dict(self.diagnostics_state)
+        return diagnostics
 
     def _restore(self) -> None:
         source = self.run.checkpoint
@@ -359,6 +380,8 @@ class _Loop:
         self.epoch, self.done = position["epoch"], position["start"]
         self.seconds, self.train_seconds = state["seconds"], state["train_seconds"]
         self.metrics_bytes = state["metrics_bytes"]
+        # Checkpoints of earlier versions have none.
+        self.diagnostics_bytes, self.diagnostics_state = state.get("diagnostics_bytes", 0), state.get("diagnostics")
         self.window_images, self.epoch_sums = state["window_images"], list(state["epoch_sums"])
         self.last_training, self.last_evaluation = state["last_training"], state["last_evaluation"]
         self.saved_step = self.step
@@ -394,8 +417,11 @@ class _Loop:
             if self.writer is not None:
                 with contextlib.suppress(OSError):
                     self.writer.close()
-            if self.metrics_file is not None:
-                self.metrics_file.close()
+            if self.diagnostics is not None:
+                self.diagnostics.close()
+            for file in (self.metrics_file, self.diagnostics_file):
+                if file is not None:
+                    file.close()
 
     def _train_epoch(self) -> int:
         """The rest of the current epoch; gives the reason to stop, if there is one."""
@@ -572,6 +598,16 @@ class _Loop:
         except OSError as error:
             raise write_error(self.run.metrics, error) from error
 
+    def _write_diagnostics(self, record: dict[str, Any]) -> None:
+        from abste.diagnostics import write_scalars
+
+        try:
+            self.diagnostics_file.write((json.dumps(record) + "\n").encode())
+            self.diagnostics_file.flush()
+            write_scalars(self.writer, record)
+        except OSError as error:
+            raise write_error(self.run.diagnostics, error) from error
+
     # Saving
 
     def _save(self) -> None:
@@ -591,7 +627,9 @@ class _Loop:
         self.seconds += now - self.clock
         self.clock = now
         try:
-            os.fsync(self.metrics_file.fileno())
+            for file in (self.metrics_file, self.diagnostics_file):
+                if file is not None:
+                    os.fsync(file.fileno())
         except OSError as error:
             raise write_error(self.run.metrics, error) from error
         state = {
@@ -607,6 +645,8 @@ class _Loop:
             "seconds": self.seconds,
             "train_seconds": self.train_seconds,
             "metrics_bytes": self.metrics_file.tell(),
+            "diagnostics_bytes": 0 if self.diagnostics_file is None else self.diagnostics_file.tell(),
+            "diagnostics": None if self.diagnostics is None else self.diagnostics.state_dict(),
             "window_images": self.window_images,
             "epoch_sums": self.epoch_sums,
             "last_training": self.last_training,
@@ -675,6 +715,14 @@ class _Loop:
         return summary
 
 
+def _open_lines(path: Path, size: int) -> Any:
+    """A file of lines to append to, without those after the last checkpoint, which will come again."""
+    file = open(path, "ab")  # noqa: SIM115, closed with the run
+    file.truncate(min(size, file.tell()))
+    file.seek(0, os.SEEK_END)
+    return file
+
+
 def _write_weights(path: Path, module: nn.Module, recipe: Recipe) -> str:
     """Write a state dict as safetensors and give the file's SHA-256."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
@@ -695,6 +743,7 @@ def _compiled(module: nn.Module, recipe: Recipe, device: torch.device) -> nn.Mod
 
 def _optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     from abste.nn import parameter_groups
+    from abste.optim import Bop, Combined, Muon
 
     section = recipe.optimizer
     groups = parameter_groups(
@@ -703,10 +752,29 @@ def _optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         section.weight_decay,
         latent_lr=section.latent_lr,
         latent_weight_decay=section.latent_weight_decay,
+        filters=bool(section.muon_filters),
+        flips=section.name == "bop",
     )
-    if section.name == "adamw":
-        return torch.optim.AdamW(groups, lr=section.lr, betas=(section.betas[0], section.betas[1]))
-    return torch.optim.SGD(groups, lr=section.lr, momentum=section.momentum, nesterov=section.nesterov)
+    plain = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+    if section.name in plain:
+        return plain[section.name](groups, lr=section.lr, **section.arguments())
+    own = [group for group in groups if group["name"] in ("latents", "filters")]
+    rest = [group for group in groups if group["name"] not in ("latents", "filters")]
+    first: torch.optim.Optimizer
+    if section.name == "bop":
+        first = Bop(own, **section.arguments())
+    else:
+        if not own:
+            raise ConfigError(
+                "optimizer.name = 'muon' finds nothing to train: binarise weights, or set optimizer.muon_filters."
+            )
+        for group in own:
+            group["lr"] = section.lr if section.latent_lr is None else section.latent_lr
+        first = Muon(own, **section.arguments())
+    if not rest:
+        return first
+    other = section.rest or "sgd"
+    return Combined(first, plain[other](rest, lr=section.lr, **section.plain_arguments(other)))
 
 
 def _estimator_schedule(module: nn.Module, total_steps: int) -> Any:

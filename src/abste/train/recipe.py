@@ -130,9 +130,9 @@ _OPTIMIZER_KEYS: dict[str, dict[str, Any]] = {
 class OptimizerSection(Section):
     """``momentum`` and ``nesterov`` belong to sgd, ``betas`` to adamw. Norms and biases are never decayed.
 
-    ``muon`` and ``bop`` (``abste.optim``) train the latents, ``rest`` everything else. Under ``bop`` the weights are ±1
-    and there are no latents, so it has no rates for them, and ``[binarize]`` needs weights = "identity_ste",
-    standardize = false and scale = "none" or "learned".
+    Weight decay is decoupled but for sgd. ``muon`` and ``bop`` (``abste.optim``) train the latents, ``rest`` everything
+    else. Under ``bop`` the weights are ±1 and there are no latents, so it has no rates for them, and ``[binarize]``
+    needs weights = "identity_ste", standardize = false and scale = "none" or "learned".
     """
 
     name: Literal["sgd", "adamw", "muon", "bop"] = "sgd"
@@ -252,6 +252,18 @@ class AverageSection(Section):
     """Optimizer steps between updates."""
 
 
+class DiagnosticsSection(Section):
+    """Measure what the estimators do, and log it; without this section nothing is measured. It changes no weights.
+
+    See ``abste.diagnostics.Diagnostics``. A float network has nothing to measure.
+    """
+
+    every: Annotated[int, Field(gt=0)] = 100
+    """Optimizer steps between measurements."""
+    sample: Annotated[int, Field(gt=1)] = 65536
+    """How many numbers of an activation tensor are measured; weights are measured whole."""
+
+
 class Recipe(Section):
     """A whole training run. See the sections for every key, its unit and its default."""
 
@@ -265,6 +277,7 @@ class Recipe(Section):
     schedule: ScheduleSection = Field(default_factory=ScheduleSection)
     train: TrainSection = Field(default_factory=TrainSection)
     average: AverageSection | None = None
+    diagnostics: DiagnosticsSection | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain tables, without the keys whose value is None (TOML has no word for it)."""
@@ -277,7 +290,17 @@ class Recipe(Section):
 
 # Keys that may change between the parts of a run: they decide when things are reported and saved, not what is computed.
 FREE_KEYS = frozenset(
-    {"name", "description", "notes", "train.eval_every", "train.log_every", "train.checkpoint_minutes", "train.threads"}
+    {
+        "name",
+        "description",
+        "notes",
+        "train.eval_every",
+        "train.log_every",
+        "train.checkpoint_minutes",
+        "train.threads",
+        "diagnostics.every",
+        "diagnostics.sample",
+    }
 )
 
 

@@ -41,6 +41,7 @@ class RunDirectory:
         self.checkpoint = self.path / "last.ckpt"
         self.conversion = self.path / "conversion.txt"
         self.metrics = self.path / "metrics.jsonl"
+        self.diagnostics = self.path / "diagnostics.jsonl"
         self.sessions = self.path / "sessions.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.weights = self.path / "weights.safetensors"

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from abste.errors import ConfigError
+from abste.optim import Bop, Combined, Muon
+
+SHAPES: list[tuple[int, ...]] = [(4, 3, 3, 3), (5, 7), (4,), (3, 2), (6,)]
+
+
+def muon_and_sgd(p: list[nn.Parameter]) -> Combined:
+    return Combined(Muon(p[:2]), torch.optim.SGD(p[2:], lr=0.1, momentum=0.9, nesterov=True))
+
+
+def bop_and_adam(p: list[nn.Parameter]) -> Combined:
+    rest = [{"params": p[2:4], "weight_decay": 0.1}, {"params": p[4:], "lr": 0.3}]
+    return Combined(Bop(p[:2], gamma=0.3), torch.optim.AdamW(rest, lr=0.1))
+
+
+def three(p: list[nn.Parameter]) -> Combined:
+    return Combined(Muon(p[:1]), Bop(p[1:2], gamma=0.3), torch.optim.Adam(p[2:]))
+
+
+@pytest.mark.parametrize("make", [muon_and_sgd, bop_and_adam, three])
+def test_resumes(resumes: Callable[..., None], make: Any) -> None:
+    resumes(make, SHAPES)
+
+
+def parameters() -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(3)
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_is_what_the_optimizers_do_by_themselves(used: bool) -> None:
+    apart, together = parameters(), parameters()
+    first, second = Muon(apart[:2]), torch.optim.SGD(apart[2:], lr=0.1, momentum=0.9)
+    inner = Muon(together[:2]), torch.optim.SGD(together[2:], lr=0.1, momentum=0.9)
+    both = None if used else Combined(*inner)
+    for step in range(4):
+        for p, q in zip(apart, together, strict=True):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+            q.grad = p.grad.clone()
+        first.step()
+        second.step()
+        if both is None:
+            for optimizer in inner:
+                optimizer.step()
+            both = Combined(*inner)  # with the momentum they have
+        else:
+            both.step()
+    for p, q in zip(apart, together, strict=True):
+        assert torch.equal(p, q)
+    assert both is not None and [len(g["params"]) for g in both.param_groups] == [2, 3]
+    both.zero_grad()
+    assert all(q.grad is None for q in together)
+
+
+def test_rates_are_set_through_it() -> None:
+    p = parameters()
+    optimizer = bop_and_adam(p)
+    optimizer.load_state_dict(optimizer.state_dict())
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    before = [x.detach().clone() for x in p]
+    for x in p:
+        x.grad = torch.ones_like(x)
+    calls: list[bool] = []
+
+    def closure() -> float:
+        calls.append(torch.is_grad_enabled())
+        return 5.0
+
+    assert optimizer.step(closure) == 5.0
+    assert calls == [True]  # once
+    assert all(torch.equal(x, b) for x, b in zip(p, before, strict=True))
+
+
+def test_what_cannot_be_combined() -> None:
+    p = parameters()
+    with pytest.raises(ConfigError, match="at least one optimizer"):
+        Combined()
+    with pytest.raises(ConfigError, match="expected an optimizer of torch, got list"):
+        Combined([Muon(p[:1])])  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="a parameter is in more than one of the optimizers"):
+        Combined(Muon(p[:2]), torch.optim.SGD(p[1:], lr=0.1))
+    with pytest.raises(ConfigError, match="add groups to the optimizers before they are combined"):
+        Combined(Muon(p[:2])).add_param_group({"params": [p[3]]})
+
+
+def test_no_step_reads_from_the_device() -> None:
+    # On the meta device there is nothing to read: what waits for a GPU elsewhere raises here.
+    p = [nn.Parameter(torch.empty(shape, device="meta")) for shape in SHAPES[:4]]
+    optimizer = Combined(Muon(p[:1]), Muon(p[1:2], normalize="filter", weight_decay=0.1), Bop(p[2:]))
+    for _ in range(2):
+        for parameter in p:
+            parameter.grad = torch.empty_like(parameter)
+        optimizer.step()
