@@ -9,10 +9,10 @@
 #SBATCH --cpus-per-task=2
 #SBATCH --mem=4G
 #SBATCH --time=02:00:00
-#SBATCH --signal=TERM@120
+#SBATCH --signal=B:TERM@120
 #SBATCH --output=compare-%a.log
 set -eu
 study=$1 out=$2 data=$3
 
-# With exec the signal reaches abste, which has two minutes for a checkpoint.
+# The signal goes to the script, which exec turns into abste: it has two minutes for a checkpoint.
 exec abste compare "$study" --out "$out" --data "$data" --task "$SLURM_ARRAY_TASK_ID" --jobs 1

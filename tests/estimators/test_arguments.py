@@ -11,6 +11,7 @@ from torch import Tensor
 from abste import estimators
 from abste.errors import ConfigError
 from abste.estimators import (
+    DSQ,
     EDE,
     EWGS,
     FDA,
@@ -25,9 +26,11 @@ from abste.estimators import (
     EDEFloor,
     EstimatorSchedule,
     ExSTE,
+    MagnitudeAwareSign,
     Progress,
     ReSTE,
     SigmoidSign,
+    SiMaN,
     StochasticSign,
     SwishSign,
     resolve,
@@ -53,7 +56,7 @@ def test_no_number(name: str, argument: str, value: Any) -> None:
 @pytest.mark.parametrize("value", [-1.0, -math.inf])
 def test_out_of_range(name: str, argument: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"^[A-Z]\w+: .*{argument}.*got [^\n]*\.$"):
-        resolve({"name": name, argument: value}, "activations")
+        resolve({"name": name, argument: value}, "weights")
 
 
 @pytest.mark.parametrize(
@@ -64,6 +67,9 @@ def test_out_of_range(name: str, argument: str, value: float) -> None:
         (ABTanh, {"t": 0}, "ABTanh: t must be positive, got 0.0."),
         (ABTanh, {"a_end": 1.1}, "ABTanh: a_end must lie in [0, 1], got 1.1."),
         (ABTanh, {"a_start": 2, "blend": Constant(0.5)}, "ABTanh: a_start must lie in [0, 1], got 2.0."),
+        (ABTanh, {"k_start": True}, "ABTanh: k_start must be a number, got True."),
+        (ABTanh, {"k_start": 0}, "ABTanh: k_start must lie in [1e-6, k = 2], got 0.0."),
+        (ABArcTan, {"k_start": 3, "k": 2.9}, "ABArcTan: k_start must lie in [1e-6, k = 2.9], got 3.0."),
         (ABTanh, {"normalized": "no"}, "ABTanh: normalized must be true or false, got 'no'."),
         (ABTanh, {"blend": "progres"}, "unknown blend 'progres'; did you mean 'progress'?"),
         (ABTanh, {"blend": 0.5}, "unknown blend 0.5; known: constant, equilibrium, gate, learned, progress."),
@@ -87,6 +93,10 @@ def test_out_of_range(name: str, argument: str, value: float) -> None:
         (FDA, {"t": math.inf}, "FDA: needs 1e-6 <= omega <= 100 and omega * t < pi, got omega=0.1 and t=inf."),
         (FDA, {"n_end": 9.5}, "FDA: needs integers 0 <= n_start <= n_end <= 100, got n_start=9.0 and n_end=9.5."),
         (FDA, {"n_end": 8}, "FDA: needs integers 0 <= n_start <= n_end <= 100, got n_start=9.0 and n_end=8.0."),
+        (DSQ, {"alpha": 1}, "DSQ: needs 0 < alpha < 1 and 1e-3 <= t <= 1e4, got alpha=1.0 and t=3.0."),
+        (DSQ, {"t": math.inf}, "DSQ: needs 0 < alpha < 1 and 1e-3 <= t <= 1e4, got alpha=0.2 and t=inf."),
+        (SiMaN, {"t": 1.0}, "SiMaN takes no argument 't', nor any other."),
+        (MagnitudeAwareSign, {"t": 0}, "MagnitudeAwareSign: t must be positive, got 0.0."),
         (BiPer, {"omega": 0}, "BiPer: omega must lie in [1e-6, 1e4], got 0.0."),
         (EWGS, {"delta": 2.5}, "EWGS: needs 0 <= delta <= 2 and t <= 1e4, got delta=2.5 and t=3.0."),
         (StochasticSign, {"t": 0}, "StochasticSign: t must be positive, got 0.0."),
@@ -160,12 +170,15 @@ def test_positional_arguments() -> None:
 
 
 @pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("name", estimators.available())
 def test_none_means_the_default_of_the_role(name: str, role: estimators.Role) -> None:
+    cls = estimators.get(name)
+    if role not in cls.roles:
+        return
     binarizer = resolve(name, role)
     assert binarizer is not None
     defaults = {argument: values[role] for argument, values in binarizer.defaults.items()}
     assert {argument: getattr(binarizer, argument) for argument in defaults} == defaults
-    cls = estimators.get(name)
     nothing = resolve(cls(**dict.fromkeys(defaults)), role)
     assert {argument: getattr(nothing, argument) for argument in defaults} == defaults
 
@@ -198,7 +211,7 @@ def test_objects_are_copied() -> None:
 
 
 def test_a_copy_keeps_where_its_original_stood() -> None:
-    for original in (ABTanh(), ABTanh(blend=Progress(0.1, 0.2)), ReSTE()):
+    for original in (ABTanh(), ABTanh(blend=Progress(0.1, 0.2)), ABArcTan(k_start=0.1), ReSTE()):
         EstimatorSchedule(original, 4).step()
         copy = resolve(original, "weights")
         assert copy is not None

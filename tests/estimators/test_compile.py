@@ -28,7 +28,8 @@ class Everything(nn.Module):
     def __init__(self, make: Make) -> None:
         super().__init__()
         roles = itertools.cycle(["weights", "activations"])
-        self.members = nn.ModuleList(make(name, role=next(roles)) for name in estimators.available())
+        rising = ["ab_tanh, k rises", "ab_arctan, k rises, not normalized"]
+        self.members = nn.ModuleList(make(name, role=next(roles)) for name in [*estimators.available(), *rising])
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.stack([member(x) for member in self.members])
@@ -55,7 +56,10 @@ def test_same_gradient(name: str, make: Make, dtype: torch.dtype) -> None:
     binarizer = make(name, 50)
     x = points(dtype)
     compiled = torch.compile(binarizer, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(x), binarizer(x))
+    torch.manual_seed(0)
+    y = compiled(x)
+    torch.manual_seed(0)
+    assert torch.equal(y, binarizer(x))
     torch.testing.assert_close(gradient(compiled, x), gradient(binarizer, x))
 
 
@@ -65,7 +69,8 @@ def test_same_gradient_with_inductor(make: Make, dtype: torch.dtype) -> None:
     EstimatorSchedule(everything, 2).step()
     x = points(dtype)
     compiled = torch.compile(everything, fullgraph=True)
-    assert torch.equal(compiled(x), everything(x))
+    same = [not member.stochastic for member in everything.members]  # inductor has random numbers of its own
+    assert torch.equal(compiled(x)[same], everything(x)[same])
     # Inductor computes half precision in float32 and rounds once: eager is the less exact of the two.
     torch.testing.assert_close(gradient(compiled, x), gradient(everything, x))
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import sympy
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from abste import estimators
 from abste.estimators import (
+    DSQ,
     EDE,
+    EWGS,
     FDA,
     RBNN,
     STE,
@@ -25,9 +29,12 @@ from abste.estimators import (
     Estimator,
     ExSTE,
     IdentitySTE,
+    MagnitudeAwareSign,
     Progress,
     ReSTE,
+    ShapeRemoved,
     SigmoidSign,
+    SiMaN,
     StochasticSign,
     SwishSign,
 )
@@ -139,6 +146,37 @@ def ab_arctan_raw(x: Array, p: float) -> Array:
     return blend(x, rising(p), lambda z: 2 / np.pi * np.arctan(np.pi / 2 * 4 * z))
 
 
+def ab_tanh_rising(x: Array, p: float) -> Array:
+    k = 0.5 + 2.5 * (1 - np.cos(np.pi * p / 2))
+    return blend(x, rising(p), lambda z: np.tanh(k * z) / np.tanh(k))
+
+
+def ab_arctan_raw_rising(x: Array, p: float) -> Array:
+    k = 0.2 + 3.8 * (1 - np.cos(np.pi * p / 2))
+    return blend(x, 0.75, lambda z: 2 / np.pi * np.arctan(np.pi / 2 * k * z))
+
+
+def shape_removed(x: Array, p: float) -> Array:
+    """The clipped line, times ab_tanh's mean slope over those of the points that lie inside its clip."""
+    inside, h = POINTS[np.abs(POINTS) <= 2.0], 1e-6
+    mean = np.mean((ab_tanh(inside + h, p) - ab_tanh(inside - h, p)) / (2 * h))
+    return mean * np.clip(x, -2.0, 2.0)
+
+
+def dsq(x: Array, p: float) -> Array:
+    """As the port has it, at one bit: one interval of length 4 around 0."""
+    k = np.log(2 / 0.3 - 1) / 4.0
+    return np.tanh(k * np.clip(x, -2.0, 2.0)) / (1 - 0.3)
+
+
+def magnitude_aware_sign(x: Array, p: float) -> Array:
+    return np.mean(np.abs(POINTS)) * np.clip(x, -2.0, 2.0)
+
+
+def siman(x: Array, p: float) -> Array:
+    return np.abs(x) - np.sort(np.abs(POINTS))[7]  # of sixteen
+
+
 CASES: list[tuple[Estimator, Callable[[Array, float], Array]]] = [
     (STE(t=1.25), ste),
     (IdentitySTE(), identity_ste),
@@ -152,12 +190,18 @@ CASES: list[tuple[Estimator, Callable[[Array, float], Array]]] = [
     (RBNN(s_min=0.05, s_max=8.0, s_floor=0.7), rbnn_with_floor),
     (FDA(omega=0.7, t=2.0, n_start=2, n_end=7), fda),
     (ExSTE(), exste),
+    (DSQ(alpha=0.3, t=2.0), dsq),
+    (MagnitudeAwareSign(t=2.0), magnitude_aware_sign),
+    (SiMaN(), siman),
     (BiPer(omega=3.0), biper),
     (StochasticSign(), stochastic_sign),
     (ABTanh(k=3.0, t=2.0, a_start=0.2, a_end=0.7), ab_tanh),
     (ABTanh(k=3.0, t=2.0, a_end=0.75, blend="constant", normalized=False), ab_tanh_raw),
     (ABArcTan(k=4.0, t=2.0, blend=Progress(0.1, 0.9, "linear")), ab_arctan),
     (ABArcTan(k=4.0, t=2.0, a_start=0.2, a_end=0.7, normalized=False), ab_arctan_raw),
+    (ABTanh(k_start=0.5, k=3.0, t=2.0, a_start=0.2, a_end=0.7), ab_tanh_rising),
+    (ABArcTan(k_start=0.2, k=4.0, t=2.0, a_end=0.75, blend="constant", normalized=False), ab_arctan_raw_rising),
+    (ShapeRemoved(ABTanh(k=3.0, t=2.0, a_start=0.2, a_end=0.7)), shape_removed),
 ]
 
 
@@ -173,7 +217,8 @@ def test_surrogate_and_slope(estimator: Estimator, function: Callable[[Array, fl
 
 
 def test_every_estimator_has_a_case() -> None:
-    assert {estimator.name for estimator, _ in CASES} >= set(estimators.available())
+    """At the start, in the middle and at the end of training; EWGS, which has no F, has its own below."""
+    assert {estimator.name for estimator, _ in CASES} | {"ewgs"} >= set(estimators.available())
 
 
 def test_constant_blend() -> None:
@@ -287,3 +332,105 @@ def test_exste(step: int, o: sympy.Expr) -> None:
 def test_exste_is_ste_for_a_small_o() -> None:
     x = torch.linspace(-2, 2, 81, dtype=torch.float64)
     assert float((ExSTE(o_start=1e-4).slope(x) - STE(t=1.5).slope(x)).abs().max()) < 2e-4
+
+
+@pytest.mark.parametrize(("role", "t"), [("weights", 3.0), ("activations", 1.5)])
+def test_ewgs(role: estimators.Role, t: float) -> None:
+    """Through [0, 1]: normalise, clamp, round, and scale the gradient of the rounding; all else by autograd."""
+
+    class Round(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x - x.round())
+            return x.round()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            (difference,) = ctx.saved_tensors
+            return grad * (1 + 0.3 * grad.sign() * difference)
+
+    x = torch.randn(400, dtype=torch.float64) * 2
+    grad = torch.randn_like(x)
+    x.requires_grad_()
+    binary = 2 * (Round.apply(((x + t) / (2 * t)).clamp(0, 1)) - 0.5)
+    binarizer = estimators.resolve(EWGS(delta=0.3), role)
+    assert binarizer is not None and binarizer.t == t
+    y = binarizer(x)
+    assert torch.equal(y, binary)
+    # Their two factors, 2 and 1 / (2 t), belong to the interval: they are 1 / t together, and 1 for us.
+    wanted, found = torch.autograd.grad(binary, x, grad)[0] * t, torch.autograd.grad(y, x, grad)[0]
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("alpha", [1e-6, 0.05, 0.2, 0.7, 0.95])
+@pytest.mark.parametrize("t", [1.5, 3.0])
+def test_what_dsq_learns(alpha: float, t: float) -> None:
+    """dL/dalpha by autograd of the formula as the paper has it, in alpha; theta has alpha (1 - alpha) times that."""
+    torch.manual_seed(0)
+    x, grad = 2 * torch.randn(2, 400, dtype=torch.float64)
+    leaf = torch.tensor(alpha, dtype=torch.float64, requires_grad=True)
+    y = torch.tanh(torch.log(2 / leaf - 1) / (2 * t) * x.clamp(-t, t)) / (1 - leaf)
+    (wanted,) = torch.autograd.grad(y, leaf, grad * (x.abs() <= t))
+    estimator = DSQ(alpha=alpha, t=t)
+    estimator(x.requires_grad_()).backward(grad)
+    assert estimator.theta.grad is not None
+    torch.testing.assert_close(estimator.theta.grad.double(), wanted * alpha * (1 - alpha), rtol=1e-4, atol=1e-6)
+    (mine,) = torch.autograd.grad(estimator.surrogate(x), estimator.theta, grad * (x.abs() <= t))
+    torch.testing.assert_close(estimator.theta.grad, mine, rtol=1e-4, atol=1e-6)
+
+
+def test_dsq_between_its_ends() -> None:
+    x = torch.linspace(-2, 2, 80, dtype=torch.float64)
+    torch.testing.assert_close(DSQ(alpha=1 - 1e-9, t=2.0).slope(x), STE(t=2.0).slope(x) / 2, rtol=1e-3, atol=0)
+    torch.testing.assert_close(DSQ(alpha=1e-30, t=2.0).surrogate(x), estimators.sign(x), rtol=0, atol=0.2)
+    end = torch.tensor([2.0, -2.0, 9.0], dtype=torch.float64)
+    for alpha in (0.9, 0.2, 1e-9):
+        torch.testing.assert_close(DSQ(alpha=alpha, t=2.0).surrogate(end), estimators.sign(end))
+    for theta in (-1e4, 1e4):  # wherever an optimizer may take it
+        estimator = DSQ()
+        estimator.theta.data.fill_(theta)
+        y = torch.randn(50, requires_grad=True)
+        estimator(y).sum().backward()
+        assert y.grad is not None and estimator.theta.grad is not None
+        assert y.grad.isfinite().all() and estimator.theta.grad.isfinite() and estimator.slope(y.detach()).max() < 1e2
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 3, 3), (4, 7), (6, 1, 3)])
+def test_siman_as_its_authors_compute_it(shape: tuple[int, ...]) -> None:
+    """The larger half of each filter by sorting, and the gradient through |w| alone."""
+    torch.manual_seed(0)
+    latent = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    size = latent.abs().view(shape[0], -1)
+    bits = torch.zeros_like(size)
+    for i, row in enumerate(size.detach()):
+        bits[i, row.sort(descending=True).indices[: len(row) // 2]] = 1
+    binary = (size - size.detach() + bits * 2 - 1).view_as(latent)
+    grad = torch.randn_like(binary)
+    estimator = SiMaN()
+    y = estimator(latent)
+    torch.testing.assert_close(y, binary)
+    assert torch.equal(torch.autograd.grad(y, latent, grad)[0], torch.autograd.grad(binary, latent, grad)[0])
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 3, 3), (4, 7)])
+def test_magnitude_aware_sign_as_larq_computes_it(shape: tuple[int, ...]) -> None:
+    """Scaled by the mean magnitude of the filter, which counts as a constant, of a sign that is STE clipped at 1."""
+    torch.manual_seed(0)
+    latent = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    alpha = latent.detach().abs().mean(tuple(range(1, len(shape))), keepdim=True)
+    clipped = latent.clamp(-1, 1)
+    scaled = alpha * (clipped - clipped.detach() + estimators.sign(latent))
+    grad = torch.randn_like(latent)
+    y = MagnitudeAwareSign(t=1)(latent)
+    assert torch.equal(alpha * y, scaled)
+    torch.testing.assert_close(torch.autograd.grad(y, latent, grad)[0], torch.autograd.grad(scaled, latent, grad)[0])
+
+
+@pytest.mark.parametrize("cls", [SiMaN, MagnitudeAwareSign])
+def test_filters_of_one_weight_count_as_one(cls: type[SiMaN | MagnitudeAwareSign]) -> None:
+    latent = torch.randn(9, 1, 1, 1)
+    for found, whole in (
+        (cls()(latent), cls()(latent.flatten())),
+        (cls().slope(latent), cls().slope(latent.flatten())),
+    ):
+        assert torch.equal(found.flatten(), whole) and found.abs().max() > 0

@@ -35,8 +35,10 @@ def slopes(module: nn.Module) -> list[Tensor]:
 
 def assert_same(a: nn.Module, b: nn.Module) -> None:
     assert progress(a) == progress(b)
+    learned = any(isinstance(part, Binarizer) and list(part.parameters()) for part in b.modules())
+    tolerance = 5e-3 if learned else 0.0  # half precision rounds a parameter as any other, and what is annealed not
     for mine, other in zip(slopes(a), slopes(b), strict=True):
-        assert torch.equal(mine, other)
+        torch.testing.assert_close(mine, other, rtol=tolerance, atol=0)
 
 
 @pytest.fixture
@@ -102,6 +104,8 @@ def test_averaged_together_with_its_buffers(name: str, make: Make, average: str)
         averaged.update_parameters(model)
     assert all(0 <= value <= 5 / TOTAL for value in progress(averaged))
     x = torch.randn(9)
+    averaged.eval()
+    model.eval()
     for part, original in zip(averaged.modules(), [None, *model.modules()], strict=True):
         if isinstance(part, Binarizer) and isinstance(original, Binarizer):
             assert torch.equal(part(x), original(x))

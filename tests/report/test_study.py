@@ -135,3 +135,26 @@ def test_files(tmp_path: Path) -> None:
     study = load_study(mine)
     assert study.name == "mine" and study.recipe_of("w1a32", "reste").train.epochs == 2
     assert re.fullmatch("mine/w1a32/reste", study.recipe_of("w1a32", "reste").name)
+
+
+def test_the_example_of_the_docs(repo_root: Path, tmp_path: Path) -> None:
+    text = (repo_root / "docs" / "compare.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```toml\n(.*?)```", text, flags=re.DOTALL)
+    (tmp_path / "example.toml").write_text(example)
+    study = load_study(tmp_path / "example.toml")
+    assert study.arms_in("w1a32") == [
+        "ste",
+        "ab_tanh",
+        "sharper",
+        "raw",
+        "ab_tanh-shape_removed",
+        "sharper-shape_removed",
+    ]
+    assert len(study.plan()) == 5 * (6 + 5)
+
+
+def test_every_study_of_the_project_loads(repo_root: Path) -> None:
+    studies = [path for path in (repo_root / "studies").rglob("*.toml") if path.stem != "base"]
+    assert studies
+    for path in studies:
+        assert load_study(path).plan()

@@ -17,19 +17,24 @@ from abste.estimators.base import (
 )
 from abste.estimators.biper import BiPer
 from abste.estimators.blends import Blend, Constant, Equilibrium, Gate, Learned, Progress
+from abste.estimators.dsq import DSQ
 from abste.estimators.ede import EDE, EDEFloor
 from abste.estimators.ewgs import EWGS
 from abste.estimators.exste import ExSTE
 from abste.estimators.fda import FDA
+from abste.estimators.magnitude_aware_sign import MagnitudeAwareSign
 from abste.estimators.rbnn import RBNN
 from abste.estimators.reste import ReSTE
 from abste.estimators.schedule import EstimatorSchedule
+from abste.estimators.shape_removed import ShapeRemoved
 from abste.estimators.sigmoid_sign import SigmoidSign
+from abste.estimators.siman import SiMaN
 from abste.estimators.ste import STE, IdentitySTE
 from abste.estimators.stochastic_sign import StochasticSign
 from abste.estimators.swish_sign import SwishSign
 
 __all__ = [
+    "DSQ",
     "EDE",
     "EWGS",
     "FDA",
@@ -52,9 +57,12 @@ __all__ = [
     "Gate",
     "IdentitySTE",
     "Learned",
+    "MagnitudeAwareSign",
     "Progress",
     "ReSTE",
     "Role",
+    "ShapeRemoved",
+    "SiMaN",
     "SigmoidSign",
     "Spec",
     "StochasticSign",

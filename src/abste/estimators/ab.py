@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from abste.errors import ConfigError
-from abste.estimators.base import Estimator, Role, clip_gradient, fraction, register
+from abste.estimators.base import (
+    Annealed,
+    Estimator,
+    Role,
+    clip_gradient,
+    fraction,
+    number,
+    register,
+    tanh_backward,
+)
 from abste.estimators.blends import Blend, make_blend
 
 
@@ -22,6 +31,7 @@ class AdaptiveBlend(Estimator):
     """
 
     k: float
+    k_start: float | None = None
     a_start: float
     a_end: float
     blend: Blend
@@ -34,8 +44,14 @@ class AdaptiveBlend(Estimator):
         a_start: float | None = None,
         a_end: float | None = None,
         normalized: bool = True,
+        k_start: float | None = None,
     ) -> None:
         super().__init__(k=k, t=t, a_start=a_start, a_end=a_end)
+        # State of its own, and only where k moves: a constant one costs nothing and adds nothing to the state dict.
+        self.rise = None if k_start is None else Annealed()
+        if k_start is not None:
+            self.k_start = number(type(self).__name__, "k_start", k_start)
+            self.check()
         if not isinstance(normalized, bool):
             raise ConfigError(f"{type(self).__name__}: normalized must be true or false, got {normalized!r}.")
         self.normalized = normalized
@@ -53,8 +69,16 @@ class AdaptiveBlend(Estimator):
         super().check()
         if not 1e-6 <= self.k <= 1e4:  # beyond, float32 rounds phi to a line, and float16 overflows
             raise ConfigError(f"{type(self).__name__}: k must lie in [1e-6, 1e4], got {self.k}.")
+        if self.k_start is not None and not 1e-6 <= self.k_start <= self.k:
+            raise ConfigError(f"{type(self).__name__}: k_start must lie in [1e-6, k = {self.k:g}], got {self.k_start}.")
         for name in ("a_start", "a_end"):
             fraction(type(self).__name__, name, getattr(self, name))
+
+    def sharpness(self, x: Tensor) -> Tensor | float:
+        """The present k: a number where it is constant, else a scalar in the precision of x, at least float32."""
+        if self.rise is None or self.k_start is None:
+            return self.k
+        return self.rise.between(self.k_start, self.k).to(torch.promote_types(x.dtype, torch.float32))
 
     @abstractmethod
     def phi(self, x: Tensor) -> Tensor:
@@ -93,7 +117,13 @@ class AdaptiveBlend(Estimator):
         return bent.lerp_(inside, line.to(bent.dtype) if isinstance(line, Tensor) else line)
 
     def extra_repr(self) -> str:
-        return f"k={self.k:g}, t={self.t:g}" + ("" if self.normalized else ", normalized=False")
+        k = f"{self.k:g}" if self.k_start is None else f"{self.k_start:g}..{self.k:g}"
+        return f"k={k}, t={self.t:g}" + ("" if self.normalized else ", normalized=False")
+
+
+def _of(function: str, k: Tensor | float) -> Any:
+    """tanh or atan of a number, or of a tensor."""
+    return getattr(k, function)() if isinstance(k, Tensor) else getattr(math, function)(k)
 
 
 @register("ab_tanh")
@@ -107,7 +137,7 @@ class ABTanh(AdaptiveBlend):
     (stability); phi brings F closer to sign (a smaller estimating error).
 
     Schedule: a rises from a_start to a_end as a_start + (a_end - a_start) (1 - cos(pi p / 2)), p being the fraction of
-    training done, unless ``blend`` says otherwise; k is constant.
+    training done, unless ``blend`` says otherwise. k is constant, or rises from k_start to k along the same cosine.
 
     Applied to weights and activations. The abstract of the paper reports networks with binarised parameters and says
     nothing of activations.
@@ -128,6 +158,8 @@ class ABTanh(AdaptiveBlend):
             estimating error is the smallest, but with a tenth of the line left as a floor under the slope.
         normalized: phi passes through (1, 1), so F is never further from sign than x is (if t >= 1); if False,
             phi(x) is tanh(k x), which saturates at ±1.
+        k_start: sharpness at the start, in [1e-6, k], of a k that rises: k_start + (k - k_start) (1 - cos(pi p / 2)).
+            Default None: k is constant, so that a alone says how far F is from the line.
 
     The defaults come from one-seed pilots, not from a ranking.
 
@@ -147,14 +179,12 @@ class ABTanh(AdaptiveBlend):
     }
 
     def phi(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.k * x) / (math.tanh(self.k) if self.normalized else 1.0)
+        k = self.sharpness(x)
+        return torch.tanh(k * x) / (_of("tanh", k) if self.normalized else 1.0)
 
     def phi_backward(self, grad: Tensor, x: Tensor) -> Tensor:
-        # 1 - tanh(z)^2 = 4 p (1 - p) with p = sigmoid(-2|z|): much faster than tanh on CPU, and it keeps its relative
-        # precision in the tails, also in half precision.
-        p = x.abs().mul_(-2.0 * self.k).sigmoid_()
-        factor = 4.0 * self.k / (math.tanh(self.k) if self.normalized else 1.0)
-        return torch.ops.aten.sigmoid_backward.grad_input(grad, p, grad_input=p).mul_(factor)
+        k = self.sharpness(x)
+        return tanh_backward(grad, x, k, k / (_of("tanh", k) if self.normalized else 1.0))
 
 
 @register("ab_arctan")
@@ -168,7 +198,7 @@ class ABArcTan(AdaptiveBlend):
     (stability); phi brings F closer to sign (a smaller estimating error).
 
     Schedule: a rises from a_start to a_end as a_start + (a_end - a_start) (1 - cos(pi p / 2)), p being the fraction of
-    training done, unless ``blend`` says otherwise; k is constant.
+    training done, unless ``blend`` says otherwise. k is constant, or rises from k_start to k along the same cosine.
 
     Applied to weights and activations. The abstract of the paper reports networks with binarised parameters and says
     nothing of activations.
@@ -184,6 +214,7 @@ class ABArcTan(AdaptiveBlend):
         a_end: blend at the end, in [0, 1]. Default 0.9 for weights and activations, as in :class:`ABTanh`.
         normalized: phi passes through (1, 1), so F is never further from sign than x is (if t >= 1); if False,
             phi(x) is (2 / pi) atan(pi k x / 2), which saturates at ±1 and whose slope is k / (1 + (pi k x / 2)^2).
+        k_start: sharpness at the start, in [1e-6, k]; default None, k is constant. As in :class:`ABTanh`.
 
     Raises:
         ConfigError: an argument out of range or of the wrong type; an unknown blend.
@@ -201,13 +232,15 @@ class ABArcTan(AdaptiveBlend):
     }
 
     def phi(self, x: Tensor) -> Tensor:
+        k = self.sharpness(x)
         if self.normalized:
-            return torch.atan(self.k * x) / math.atan(self.k)
-        return torch.atan((math.pi / 2) * self.k * x) * (2 / math.pi)
+            return torch.atan(k * x) / _of("atan", k)
+        return torch.atan((math.pi / 2) * k * x) * (2 / math.pi)
 
     def phi_backward(self, grad: Tensor, x: Tensor) -> Tensor:
-        inner, outer = (self.k, math.atan(self.k)) if self.normalized else (math.pi / 2 * self.k, 1.0)
+        k = self.sharpness(x)
+        inner, outer = (k, _of("atan", k)) if self.normalized else (math.pi / 2 * k, 1.0)
         # Dividing the numerator and the denominator by k / outer saves a pass; the clip keeps x small enough for
         # half precision wherever grad is not zero.
-        denominator = x.square().mul_(inner * inner * outer / self.k).add_(outer / self.k)
+        denominator = x.square().mul_(inner * inner * outer / k).add_(outer / k)
         return torch.div(grad, denominator, out=denominator)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from abste.errors import ConfigError, nearest
 
 Role = Literal["weights", "activations"]
+SHAPES = ("cosine", "linear")
 
 
 def sign(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -28,9 +29,11 @@ def sign(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     Returns:
         A new tensor of the shape of ``x`` that holds nothing but ±1.
     """
-    # A comparison with a floating-point result is vectorised on CPU, torch.where between scalars is not.
+    # A comparison with a floating-point result is vectorised on CPU; torch.where between scalars is not, nor is a
+    # comparison that converts as well.
     x = x.detach()
-    return torch.ge(x, 0, out=torch.empty_like(x, dtype=dtype)).mul_(2).sub_(1)
+    y = torch.ge(x, 0, out=torch.empty_like(x)).mul_(2).sub_(1)
+    return y if dtype is None else y.to(dtype)
 
 
 def clip_gradient(grad: Tensor, x: Tensor, t: float) -> Tensor:
@@ -49,6 +52,29 @@ def clip_gradient(grad: Tensor, x: Tensor, t: float) -> Tensor:
     mantissa, exponent = math.frexp(t)
     limit = math.ldexp(round(mantissa * 2**digits) + 1, exponent - digits)
     return torch.ops.aten.hardtanh_backward(grad, x, -limit, limit)
+
+
+def tanh_backward(grad: Tensor, x: Tensor, s: Tensor | float, factor: Tensor | float) -> Tensor:
+    """``grad`` * factor * (1 - tanh(s x)^2), a new tensor.
+
+    Args:
+        grad: gradient, of the shape and dtype of ``x``.
+        x: any shape, floating point.
+        s, factor: numbers, or scalar tensors.
+    """
+    # 1 - tanh(z)^2 = 4 p (1 - p) with p = sigmoid(-2|z|): much faster than tanh on CPU, and it keeps its relative
+    # precision in the tails, also in half precision.
+    p = x.abs().mul_(-2.0 * s).sigmoid_()
+    return torch.ops.aten.sigmoid_backward.grad_input(grad, p, grad_input=p).mul_(4.0 * factor)
+
+
+def filters(x: Tensor) -> Tensor:
+    """x as one row per filter, which the first dimension counts.
+
+    It is a single row if x has fewer than two dimensions, and if each filter would hold a single number.
+    """
+    rows = x.flatten(1) if x.dim() > 1 else x.reshape(1, -1)
+    return rows.reshape(1, -1) if rows.shape[1] == 1 else rows
 
 
 def number(owner: str, name: str, value: object) -> float:
@@ -80,13 +106,13 @@ def fraction(owner: str, name: str, value: object) -> float:
 
 
 class _Binarize(torch.autograd.Function):
-    """Forward sign(x); backward the binarizer's own, which sees x and nothing else."""
+    """Forward and backward are the binarizer's own. The backward sees x and nothing else."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, binarizer: Binarizer, *taps: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         ctx.binarizer = binarizer
-        return sign(x)
+        return binarizer.binarize(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -101,16 +127,20 @@ class _Binarize(torch.autograd.Function):
 class Binarizer(nn.Module, ABC):
     """Maps a tensor to ±1 and has its own backward.
 
-    A subclass implements :meth:`backward` and declares, as class attributes, what holds for it. The property tests
-    read these declarations. A numeric argument is declared in ``defaults``, passed on by the constructor, and becomes
-    an attribute.
+    A subclass implements :meth:`backward` and declares, as class attributes, what holds for it (an object may declare
+    otherwise, where that depends on its arguments). The property tests read these declarations. A numeric argument is
+    declared in ``defaults``, passed on by the constructor, and becomes an attribute.
 
     Attributes:
         name: the name in the registry.
         odd: the slope is an even function of x.
         monotone: the slope is never negative.
         has_surrogate: there is an F whose derivative is the slope (see :class:`Estimator`).
-        plain_bits: at inference the binarizer is exactly sign(x), so it lowers to bits.
+        linear: the backward is linear in the gradient: it multiplies by a slope. Else its slope at x is that for a
+            positive gradient.
+        plain_bits: in evaluation the binary value is exactly sign(x), so activations lower to bits.
+        stochastic: in training the binary value is drawn anew at every call.
+        roles: what it may binarise.
         defaults: for each numeric argument its default where the binarizer is applied to weights and where to
             activations. None as an argument stands for it.
         t: the clip; the slope is zero where |x| > t. Infinite where there is none.
@@ -120,10 +150,13 @@ class Binarizer(nn.Module, ABC):
     """
 
     name: ClassVar[str]
-    odd: ClassVar[bool] = True
-    monotone: ClassVar[bool] = True
+    odd: bool = True
+    monotone: bool = True
     has_surrogate: ClassVar[bool] = False
-    plain_bits: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
+    plain_bits: bool = True
+    stochastic: bool = False
+    roles: tuple[Role, ...] = ("weights", "activations")
     defaults: ClassVar[Mapping[str, Mapping[Role, float]]] = {}
 
     t: float = math.inf
@@ -139,7 +172,13 @@ class Binarizer(nn.Module, ABC):
         self.check()
 
     def set_role(self, role: Role) -> None:
-        """Give every argument that was left at None its default for ``role``. A layer calls this on its copy."""
+        """Give every argument that was left at None its default for ``role``. A layer calls this on its copy.
+
+        Raises:
+            ConfigError: ``role`` is none of ``roles``, or an argument is out of range there.
+        """
+        if role not in self.roles:
+            raise ConfigError(f"{type(self).__name__} is for {self.roles[0]}, and cannot binarise {role}.")
         for name in self._by_role:
             setattr(self, name, self.defaults[name][role])
         self.check()
@@ -150,14 +189,30 @@ class Binarizer(nn.Module, ABC):
             raise ConfigError(f"{type(self).__name__}: t must be positive, got {self.t}.")
 
     def forward(self, x: Tensor) -> Tensor:
-        """sign(x): same shape and dtype as x, values ±1. The gradient is :meth:`backward`'s."""
+        """:meth:`binarize`: same shape and dtype as x, values ±1. The gradient is :meth:`backward`'s."""
         if not x.is_floating_point():
             raise ConfigError(f"{type(self).__name__} needs a floating-point input, got {x.dtype}.")
         return cast(Tensor, _Binarize.apply(x, self, *self.taps()))
 
+    @property
+    def is_sign(self) -> bool:
+        """Whether the binary value is sign(x) in training, too."""
+        return self.plain_bits and not self.stochastic
+
+    def binarize(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """±1, a new tensor of the shape of x: sign(x), unless a subclass has another forward.
+
+        Where x is normalised for the slope, a forward of another kind gets it normalised as well.
+
+        Args:
+            x: any shape, floating point.
+            dtype: of the result; default that of ``x``.
+        """
+        return sign(x, dtype)
+
     @abstractmethod
     def backward(self, grad: Tensor, x: Tensor) -> Tensor:
-        """The gradient with respect to x, given that with respect to sign(x); all of the shape and dtype of x.
+        """The gradient with respect to x, given that with respect to the binary value; of the shape and dtype of x.
 
         Neither argument may be changed in place; the result may be ``grad`` itself.
         """
@@ -165,7 +220,7 @@ class Binarizer(nn.Module, ABC):
     def taps(self) -> tuple[Tensor, ...]:
         """Leaf tensors that get a gradient of their own: what is learned, or where the backward leaves measurements.
 
-        sign(x) does not depend on them. Empty for most binarizers.
+        The binary value does not depend on them. Empty for most binarizers.
         """
         return ()
 
@@ -217,6 +272,18 @@ class Annealed(nn.Module):
         """The fraction of training done, float32 scalar in [0, 1], on the module's device."""
         step, total = self.annealing.float()
         return (step / total).clamp(0.0, 1.0)
+
+    def between(self, start: float, end: float, shape: str = "cosine") -> Tensor:
+        """start + (end - start) b(p), a float32 scalar; b(p) is 1 - cos(pi p / 2), slow at first, or p (``"linear"``).
+
+        The first is how ReSTE's power moves.
+        """
+        p = self.progress()
+        return start + (end - start) * (1.0 - torch.cos(p * (torch.pi / 2)) if shape == "cosine" else p)
+
+    def between_logs(self, start: float, end: float) -> Tensor:
+        """From start to end, both positive, evenly in the logarithm: a float32 scalar."""
+        return (math.log(start) + (math.log(end) - math.log(start)) * self.progress()).exp()
 
     @torch.no_grad()
     def set_progress(self, step: int, total_steps: int) -> None:
@@ -272,6 +339,19 @@ def resolve(spec: Spec, role: Role) -> Binarizer | None:
     Raises:
         ConfigError: an unknown name or argument, or something else altogether.
     """
+    binarizer = build(spec, role)
+    if binarizer is not None:
+        binarizer.set_role(role)
+    return binarizer
+
+
+def build(spec: Spec, what: str) -> Binarizer | None:
+    """What ``spec`` stands for, as a new object that has no role yet.
+
+    Args:
+        spec: as in :func:`resolve`.
+        what: names the argument in errors.
+    """
     if spec is None:
         return None
     if isinstance(spec, Binarizer):
@@ -289,8 +369,7 @@ def resolve(spec: Spec, role: Role) -> Binarizer | None:
                 raise ConfigError(_no_argument(f"estimator {cls.name!r}", name, known))
         binarizer = cls(**arguments)
     else:
-        raise ConfigError(f"{role} must be a name, a table, a Binarizer object or None, got {_kind(spec)}.")
-    binarizer.set_role(role)
+        raise ConfigError(f"{what} must be a name, a table, a Binarizer object or None, got {_kind(spec)}.")
     return binarizer
 
 

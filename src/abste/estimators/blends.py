@@ -13,9 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from abste.errors import ConfigError, nearest
-from abste.estimators.base import Annealed, fraction, number
-
-SHAPES = ("cosine", "linear")
+from abste.estimators.base import SHAPES, Annealed, fraction, number
 
 
 class Blend(nn.Module, ABC):
@@ -84,7 +82,7 @@ class Progress(Blend, Annealed):
         self.shape = shape
 
     def weight(self, x: Tensor) -> Tensor:
-        return self.a_start + (self.a_end - self.a_start) * risen(self.progress(), self.shape)
+        return self.between(self.a_start, self.a_end, self.shape)
 
     def extra_repr(self) -> str:
         return f"a_start={self.a_start:g}, a_end={self.a_end:g}, shape={self.shape!r}"
@@ -223,7 +221,7 @@ class Equilibrium(Blend, Annealed):
 
     def rho(self) -> Tensor:
         """The present budget, a float32 scalar."""
-        return self.rho_start + (self.rho_end - self.rho_start) * risen(self.progress(), self.shape)
+        return self.between(self.rho_start, self.rho_end, self.shape)
 
     def taps(self) -> tuple[Tensor, ...]:
         return (self._tap,) if self.training else ()
@@ -296,11 +294,6 @@ def _sample(x: Tensor) -> Tensor:
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
         x = x.permute(0, 2, 3, 1)
     return x.reshape(-1)[:: max(1, x.numel() // SAMPLE)]
-
-
-def risen(p: Tensor, shape: str) -> Tensor:
-    """b(p), which rises from 0 to 1: 1 - cos(pi p / 2) or p."""
-    return 1.0 - torch.cos(p * (torch.pi / 2)) if shape == "cosine" else p
 
 
 BLENDS: dict[str, type[Blend]] = {

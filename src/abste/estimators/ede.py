@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from abste.errors import ConfigError
-from abste.estimators.base import Annealed, Estimator, clip_gradient, fraction, register
+from abste.estimators.base import Annealed, Estimator, clip_gradient, fraction, register, tanh_backward
 
 
 @register("ede")
@@ -46,8 +44,7 @@ class EDE(Estimator, Annealed):
 
     def sharpness(self) -> Tensor:
         """The present s, a float32 scalar."""
-        low, high = math.log(self.s_min), math.log(self.s_max)
-        return (low + (high - low) * self.progress()).exp()
+        return self.between_logs(self.s_min, self.s_max)
 
     def surrogate(self, x: Tensor) -> Tensor:
         s = self.sharpness().to(x.dtype)
@@ -55,9 +52,7 @@ class EDE(Estimator, Annealed):
 
     def backward(self, grad: Tensor, x: Tensor) -> Tensor:
         s = self.sharpness()
-        # 1 - tanh(z)^2 = 4 p (1 - p) with p = sigmoid(-2|z|), which keeps its relative precision in the tails.
-        p = x.abs().mul_(-2.0 * s).sigmoid_()
-        return torch.ops.aten.sigmoid_backward(grad, p) * (4.0 * s.clamp(min=1.0)).to(grad.dtype)
+        return tanh_backward(grad, x, s, s.clamp(min=1.0))
 
 
 @register("ede_floor")

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from abste.errors import ConfigError
-from abste.estimators.base import Binarizer, clip_gradient
+from abste.estimators.base import Binarizer, clip_gradient, register
 
 
+@register("ewgs")
 class EWGS(Binarizer):
     """Clipped STE that scales each gradient by how far x is from its binary value, and on which side.
 
@@ -32,7 +33,6 @@ class EWGS(Binarizer):
     CIFAR10/custom_modules.py, run.sh). The fixed interval and ±1 for activations are our own reading.
     """
 
-    name = "ewgs"
     linear = False
     odd = False
     defaults = {"delta": {"weights": 0.001, "activations": 0.001}, "t": {"weights": 3.0, "activations": 1.5}}

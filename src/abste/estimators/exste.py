@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -51,8 +49,7 @@ class ExSTE(Estimator, Annealed):
 
     def decay(self) -> Tensor:
         """The present o, a float32 scalar."""
-        low, high = math.log(self.o_start), math.log(self.o_end)
-        return (low + (high - low) * self.progress()).exp()
+        return self.between_logs(self.o_start, self.o_end)
 
     def surrogate(self, x: Tensor) -> Tensor:
         o = self.decay().to(x.dtype)

@@ -60,8 +60,7 @@ class RBNN(Estimator, Annealed):
 
     def sharpness(self) -> Tensor:
         """The present s, a float32 scalar."""
-        low, high = math.log(self.s_min), math.log(self.s_max)
-        return (low + (high - low) * self.progress()).exp().clamp(min=self.s_floor)
+        return self.between_logs(self.s_min, self.s_max).clamp(min=self.s_floor)
 
     def surrogate(self, x: Tensor) -> Tensor:
         s = self.sharpness().to(x.dtype)

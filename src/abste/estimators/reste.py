@@ -49,7 +49,7 @@ class ReSTE(Estimator, Annealed):
 
     def exponent(self) -> Tensor:
         """The present 1/o, a float32 scalar."""
-        return 1.0 / (1.0 + (1.0 - torch.cos(self.progress() * (torch.pi / 2))) * (self.o_end - 1.0))
+        return 1.0 / self.between(1.0, self.o_end)
 
     def surrogate(self, x: Tensor) -> Tensor:
         e = self.exponent().to(x.dtype)

@@ -5,23 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from abste.estimators.base import clip_gradient, sign
-from abste.estimators.own_forward import OwnForward
+from abste.estimators.base import Estimator, clip_gradient, register, sign
 
 
-class StochasticSign(OwnForward):
+@register("stochastic_sign")
+class StochasticSign(Estimator):
     """In training +1 with probability clip((x + 1) / 2, 0, 1), else -1; in evaluation sign(x).
 
     F(x) = clip(x, -t, t); F'(x) = 1 where |x| <= t, else 0. At t = 1, F is the expectation of the binary value, so
     that the gradient is that of the expectation.
 
     Schedule: none. Applied to weights, anew at every forward pass, by the authors of BinaryConnect, and to activations
-    in training by those of BinaryNet, in some of their experiments.
+    in training by those of BinaryNet, in some of their experiments. A layer that binarises activations keeps the drawn
+    bits for the backward, in its own dtype.
 
     Args:
-        t: clip. Default 1: beyond, the binary value is no longer random. With raw latents (``standardize=False``) the
-            layer then clamps them to ±1, as BinaryConnect does. Infinity gives BinaryConnect's own backward, the
-            identity. For activations it is refused.
+        t: clip. Default 1 for weights and activations: beyond, the binary value is no longer random. With raw latents
+            (``standardize=False``) the layer then clamps them to ±1, as BinaryConnect does. Infinity gives
+            BinaryConnect's own backward, the identity. Activations are drawn at unit RMS unless the layer has
+            ``normalize=False``, as BinaryNet has.
 
     The random numbers come from torch's global generator. They are float32 for half precision too, so that the
     probability is right to 2^-24.
@@ -31,19 +33,19 @@ class StochasticSign(OwnForward):
     clip at any t is our generalisation.
     """
 
-    name = "stochastic_sign"
+    stochastic = True
     defaults = {"t": {"weights": 1.0, "activations": 1.0}}
 
     def __init__(self, t: float | None = None) -> None:
         super().__init__(t=t)
 
-    def binarize(self, x: Tensor) -> Tensor:
+    def binarize(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         if not self.training:
-            return sign(x)
+            return sign(x, dtype)
         # With u in [0, 1), x > 2 u - 1 always holds at 1 and never at -1.
         x = x.detach()
         threshold = torch.rand_like(x, dtype=torch.promote_types(x.dtype, torch.float32)).mul_(2).sub_(1)
-        return torch.gt(x, threshold).to(x.dtype).mul_(2).sub_(1)
+        return torch.gt(x, threshold).to(x.dtype if dtype is None else dtype).mul_(2).sub_(1)
 
     def surrogate(self, x: Tensor) -> Tensor:
         return x.clamp(-self.t, self.t)
