@@ -66,7 +66,7 @@ def page() -> str:
     rows = ["| name | class | | odd | monotone | plain bits |", "|---|---|---|---|---|---|"]
     for name in names:
         cls = estimators.get(name)
-        first = paragraphs(cls)[0]
+        first = paragraphs(cls)[0].replace("|", "\\|")
         ticks = ["✓" if declared else "" for declared in (cls.odd, cls.monotone, cls.plain_bits)]
         rows.append(f"| [`{name}`](#{name}) | `{cls.__name__}` | {first} | {' | '.join(ticks)} |")
     legend = (
@@ -82,7 +82,9 @@ def section(name: str) -> str:
     parts = [f"## {name}", "", f"![F and F' of {name}](figures/estimators/{name}.svg)", "", body(cls)]
     if cls.defaults:
         parts += ["| default | weights | activations |", "|---|---|---|"]
-        parts += [f"| `{key}` | {by['weights']:g} | {by['activations']:g} |" for key, by in cls.defaults.items()]
+        for key, by in cls.defaults.items():
+            shown = [f"{by[role]:g}" if role in by else "not for these" for role in ("weights", "activations")]
+            parts.append(f"| `{key}` | {' | '.join(shown)} |")
         parts.append("")
     return "\n".join(parts)
 
@@ -132,11 +134,12 @@ def draw(name: str, path: Path) -> None:
 
     mpl.rcParams.update({"svg.hashsalt": "abste", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9})
     # Quantiles of a Gaussian: so that whatever an estimator takes over a tensor is that of one.
-    x = torch.special.ndtri(torch.linspace(0.0004, 0.9996, 801, dtype=torch.float64)).float()
+    x = torch.special.ndtri(torch.linspace(2e-5, 1 - 2e-5, 40_001, dtype=torch.float64)).float()
+    shown = torch.searchsorted(x, torch.linspace(-3.5, 3.5, 351))
     binarizer = estimators.resolve(name, "weights")
     assert binarizer is not None
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 2.5), layout="constrained")
-    left.plot(x, torch.where(x >= 0, 1.0, -1.0), color="black", linewidth=0.8, linestyle=":")
+    left.plot([-3.5, 0, 0, 3.5], [-1, -1, 1, 1], color="black", linewidth=0.8, linestyle=":")
     annealed = [part for part in binarizer.modules() if isinstance(part, Annealed)]
     for p, colour in MOMENTS.items() if moves(binarizer, annealed, x) else [(1.0, MOMENTS[1.0])]:
         for part in annealed:
@@ -144,10 +147,11 @@ def draw(name: str, path: Path) -> None:
         with torch.no_grad():
             label = f"p = {p:g}"
             if isinstance(binarizer, Estimator):
-                left.plot(x, binarizer.surrogate(x), color=colour, label=label)
-            right.plot(x, binarizer.backward(torch.ones_like(x), x), color=colour, label=label)
+                left.plot(x[shown], binarizer.surrogate(x)[shown], color=colour, label=label)
+            right.plot(x[shown], binarizer.backward(torch.ones_like(x), x)[shown], color=colour, label=label)
             if not binarizer.linear:
-                right.plot(x, -binarizer.backward(-torch.ones_like(x), x), color=colour, linestyle="--")
+                other = -binarizer.backward(-torch.ones_like(x), x)
+                right.plot(x[shown], other[shown], color=colour, linestyle="--")
     if not isinstance(binarizer, Estimator):
         left.text(0.05, 0.85, "no surrogate", transform=left.transAxes, color="#666666")
     left.set_title("F(x)", fontsize=9)

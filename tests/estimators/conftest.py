@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,18 +12,35 @@ from abste import estimators
 from abste.estimators import Annealed, Binarizer
 
 STEPS = 100
-VARIANTS: dict[str, dict[str, Any]] = {
+VARIANTS: dict[str, Any] = {
     "ab_tanh, k rises": {"name": "ab_tanh", "k_start": 0.5, "k": 4.0},
     "ab_arctan, k rises, not normalized": {"name": "ab_arctan", "k_start": 0.5, "k": 4.0, "normalized": False},
     "shape_removed of reste": {"name": "shape_removed", "of": "reste"},
     "shape_removed of stochastic_sign": {"name": "shape_removed", "of": "stochastic_sign"},
 }
-"""What is held to the same as the registered names: arguments that take another path."""
+"""What is held to the same as the registered names: arguments that take another path, and the page's example."""
+
+
+def _example() -> dict[str, str]:
+    """The code blocks of CONTRIBUTING.md's section on estimators: the file, and the parameter of the formula test."""
+    page = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = re.split(r"^## ", page, flags=re.MULTILINE)
+    (text,) = (part for part in section if part.startswith("Adding an estimator"))
+    file, case = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    return {"file": file, "case": case}
+
+
+EXAMPLE = _example()
+NAMESPACE: dict[str, Any] = {"__name__": "soft_sign"}
+exec(EXAMPLE["file"], NAMESPACE)
+# Known to these tests alone, however many others run with them.
+estimators.base._REGISTRY.pop("soft_sign")
+VARIANTS["soft_sign of CONTRIBUTING.md"] = NAMESPACE["SoftSign"]()
 
 
 def _make(name: str, step: int = 0, role: estimators.Role = "weights") -> Binarizer:
     spec = VARIANTS.get(name, name)
-    if role not in estimators.get(VARIANTS.get(name, {"name": name})["name"]).roles:
+    if isinstance(spec, str) and role not in estimators.get(spec).roles:
         role = "weights"
     binarizer = estimators.resolve(spec, role)
     assert binarizer is not None
@@ -48,6 +67,12 @@ def make() -> Callable[..., Binarizer]:
 def name(request: pytest.FixtureRequest) -> str:
     """Every registered estimator: one that is added to the registry is covered by that. And the variants."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def example() -> tuple[dict[str, str], dict[str, Any]]:
+    """The example of CONTRIBUTING.md: its code blocks ("file" and "case"), and the names that the first defines."""
+    return EXAMPLE, dict(NAMESPACE)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -45,6 +46,25 @@ def test_bits_that_were_drawn_serve_the_backward() -> None:
     binarizer.eval()  # not even what happens in between matters
     y.backward(grad)
     torch.testing.assert_close(weight.grad, grad.t() @ bits)
+
+
+@pytest.mark.parametrize("estimator", ["biper", "stochastic_sign"])
+def test_compiled_layer(estimator: str) -> None:
+    torch._dynamo.reset()
+    layer = BinaryLinear(6, 5, weights=estimator, activations=estimator)
+    twin = copy.deepcopy(layer)
+    compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
+    x = 3 * torch.randn(7, 6)
+    for _ in range(3):
+        results = []
+        for model in (layer, compiled):
+            torch.manual_seed(0)
+            y = model(x)
+            y.square().sum().backward()
+            results.append(y.detach())
+        torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(twin.weight.grad, layer.weight.grad)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("cls", [BiPer, StochasticSign])

@@ -109,6 +109,34 @@ def test_closed_form_is_the_largest_weight_within_the_budget(seed: int, k: float
         assert instability(a, b, more, variance) > limit * (1 - 1e-9), "a larger weight would do as well"
 
 
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("of_x", LAYOUTS)
+@pytest.mark.parametrize("of_grad", LAYOUTS)
+@pytest.mark.parametrize("shape", [(8, 4, 3, 3), (32, 16, 32, 32)])  # the second is more than is measured
+def test_measured_moments_are_those_of_the_tensor(shape: tuple[int, ...], of_grad: str, of_x: str) -> None:
+    """In any layout, and where channels and columns differ: a sample must not see one of them alone, or mix them up."""
+    generator = torch.Generator().manual_seed(0)
+    x, grad = torch.randn(2, *shape, generator=generator)
+    x = x * torch.linspace(0.2, 3.0, shape[1]).view(1, -1, 1, 1)  # sharply curved in some channels, not in others
+    grad = grad * torch.linspace(3.0, 0.5, shape[3])
+    estimator = ABTanh(k=3.0, t=2.0, blend=Equilibrium()).train()
+    x, grad = LAYOUTS[of_x](x).requires_grad_(), LAYOUTS[of_grad](grad)
+    estimator(x).backward(grad)
+    n, a1, b1, aa, ab, bb = estimator.blend._tap.grad.double().tolist()  # type: ignore[union-attr]
+    a = grad.abs() * (x.detach().abs() <= 2.0)
+    b = a * ABTanh(k=3.0, t=2.0, blend=make_blend("constant", 0, 1)).slope(x.detach())
+    wanted = torch.stack(moments(a, b))
+    unit = a1 / n
+    found = [b1 / a1, aa / n / unit**2 - 1, ab / n / unit**2 - b1 / a1, bb / n / unit**2 - (b1 / a1) ** 2]
+    torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), wanted, rtol=0.05, atol=0.02)
+
+
 @pytest.mark.parametrize(("t", "wanted"), [(3.0, 0.69), (1.5, 0.84)])
 def test_what_the_default_budget_comes_to(t: float, wanted: float) -> None:
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from abste import estimators
+from abste.errors import ConfigError
 from abste.estimators import (
     DSQ,
     EDE,
@@ -210,7 +212,9 @@ CASES: list[tuple[Estimator, Callable[[Array, float], Array]]] = [
 def test_surrogate_and_slope(estimator: Estimator, function: Callable[[Array, float], Array], progress: float) -> None:
     estimators.EstimatorSchedule(estimator, 10).load_state_dict({"last_step": round(10 * progress), "total_steps": 10})
     x = torch.from_numpy(POINTS)
-    np.testing.assert_allclose(estimator.surrogate(x).numpy(), function(POINTS, progress), rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(
+        estimator.surrogate(x).detach().numpy(), function(POINTS, progress), rtol=1e-6, atol=1e-8
+    )
     h = 1e-6
     difference = (function(POINTS + h, progress) - function(POINTS - h, progress)) / (2 * h)
     np.testing.assert_allclose(estimator.slope(x).numpy(), difference, rtol=2e-6, atol=1e-8)
@@ -219,6 +223,25 @@ def test_surrogate_and_slope(estimator: Estimator, function: Callable[[Array, fl
 def test_every_estimator_has_a_case() -> None:
     """At the start, in the middle and at the end of training; EWGS, which has no F, has its own below."""
     assert {estimator.name for estimator, _ in CASES} | {"ewgs"} >= set(estimators.available())
+
+
+def test_the_example_of_the_page(example: tuple[dict[str, str], dict[str, Any]]) -> None:
+    """CONTRIBUTING.md's: its size, its argument errors, and its test parameter. The property tests run it as well."""
+    blocks, names = example
+    nodes = (node.value for node in ast.walk(ast.parse(blocks["file"])) if isinstance(node, ast.Expr))
+    texts = [node for node in nodes if isinstance(node, ast.Constant)]
+    prose = {line for text in texts for line in range(text.lineno, (text.end_lineno or text.lineno) + 1)}
+    lines = [line for i, line in enumerate(blocks["file"].splitlines(), 1) if line.strip() and i not in prose]
+    assert len(lines) <= 40
+    cases: list[Any] = []
+    exec(blocks["case"], {**names, "np": np, "Array": Array, "CASES": cases})
+    ((estimator, function),) = cases
+    for progress in (0.0, 0.3, 0.5, 1.0):
+        test_surrogate_and_slope(estimator, function, progress)
+    with pytest.raises(ConfigError, match=r"^SoftSign: needs .*, got k_start=20.0 and k_end=10.0\.$"):
+        names["SoftSign"](k_start=20)
+    x = torch.linspace(-3, 3, 61, dtype=torch.float64)
+    torch.testing.assert_close(names["SoftSign"](k_start=1e-4).slope(x), STE(t=3).slope(x), rtol=1e-3, atol=0)
 
 
 def test_constant_blend() -> None:
@@ -382,7 +405,8 @@ def test_what_dsq_learns(alpha: float, t: float) -> None:
 def test_dsq_between_its_ends() -> None:
     x = torch.linspace(-2, 2, 80, dtype=torch.float64)
     torch.testing.assert_close(DSQ(alpha=1 - 1e-9, t=2.0).slope(x), STE(t=2.0).slope(x) / 2, rtol=1e-3, atol=0)
-    torch.testing.assert_close(DSQ(alpha=1e-30, t=2.0).surrogate(x), estimators.sign(x), rtol=0, atol=0.2)
+    x = x[x.abs() > 0.2]
+    torch.testing.assert_close(DSQ(alpha=1e-30, t=2.0).surrogate(x), estimators.sign(x), rtol=0, atol=1e-2)
     end = torch.tensor([2.0, -2.0, 9.0], dtype=torch.float64)
     for alpha in (0.9, 0.2, 1e-9):
         torch.testing.assert_close(DSQ(alpha=alpha, t=2.0).surrogate(end), estimators.sign(end))

@@ -50,7 +50,7 @@ def cases(make: Make, name: str) -> Iterator[Binarizer]:
 
 def test_declarations(name: str, make: Make) -> None:
     binarizer = make(name)
-    assert estimators.get(binarizer.name) is type(binarizer)
+    assert binarizer.name in name
     assert binarizer.has_surrogate == isinstance(binarizer, Estimator)
     assert binarizer.t > 0
     assert binarizer.roles and all(set(values) == set(binarizer.roles) for values in binarizer.defaults.values())

@@ -141,8 +141,7 @@ class Binarizer(nn.Module, ABC):
         plain_bits: in evaluation the binary value is exactly sign(x), so activations lower to bits.
         stochastic: in training the binary value is drawn anew at every call.
         roles: what it may binarise.
-        defaults: for each numeric argument its default where the binarizer is applied to weights and where to
-            activations. None as an argument stands for it.
+        defaults: for each numeric argument its default in each of its roles. None as an argument stands for it.
         t: the clip; the slope is zero where |x| > t. Infinite where there is none.
 
     Raises:
@@ -243,7 +242,10 @@ class Estimator(Binarizer):
 
     @abstractmethod
     def surrogate(self, x: Tensor) -> Tensor:
-        """F(x), written with differentiable torch operations; constant beyond ±t. Same shape and dtype as x."""
+        """F(x), written with differentiable torch operations; constant beyond ±t. Same shape and dtype as x.
+
+        What F takes from x as a whole, such as a mean, counts as a constant.
+        """
 
     def slope(self, x: Tensor) -> Tensor:
         """F'(x): same shape and dtype as x, zero where |x| > t."""

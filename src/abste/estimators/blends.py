@@ -227,7 +227,7 @@ class Equilibrium(Blend, Annealed):
         return (self._tap,) if self.training else ()
 
     def gradients(self, inside: Tensor, bent: Tensor, gap: Callable[[], Tensor]) -> tuple[Tensor, ...]:
-        a, b = (_sample(part).float().abs() for part in (inside, bent))
+        a, b = (part.float().abs() for part in sampled(SAMPLE, inside, bent))
         count = torch.full((), float(a.numel()), device=a.device)
         return (torch.stack([count, a.sum(), b.sum(), a.dot(a), a.dot(b), b.dot(b)]),)
 
@@ -289,11 +289,26 @@ def equilibrium(mb: Tensor, va: Tensor, c: Tensor, vb: Tensor, rho: Tensor, vari
     return torch.where(q2 + q1 + q0 <= 0, 1.0, crossing.nan_to_num(1.0).clamp(0.0, 1.0))
 
 
-def _sample(x: Tensor) -> Tensor:
-    """At most about SAMPLE of the numbers of x, evenly spaced as they lie in memory."""
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        x = x.permute(0, 2, 3, 1)
-    return x.reshape(-1)[:: max(1, x.numel() // SAMPLE)]
+def sampled(size: int | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """About ``size`` numbers of each of some tensors: at the same places, evenly spaced in memory.
+
+    Args:
+        size: how many, or None for all.
+        tensors: of one shape.
+
+    Returns:
+        Vectors of one length.
+    """
+    # One layout for all, that of the first: numbers of different places are not to be paired.
+    first = tensors[0]
+    if first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last):
+        tensors = tuple(tensor.permute(0, 2, 3, 1) for tensor in tensors)
+    total = first.numel()
+    step = 1 if size is None else max(1, total // size)
+    # A step that shares a factor with the number of channels or columns would see some of them only.
+    while math.gcd(step, total) != 1 and step < total:
+        step += 1
+    return tuple(tensor.reshape(-1)[::step] for tensor in tensors)
 
 
 BLENDS: dict[str, type[Blend]] = {

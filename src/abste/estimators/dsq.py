@@ -31,10 +31,10 @@ class DSQ(Estimator):
 
     Source: Gong et al., DSQ, arXiv 1908.05033. Its authors published no code for training; formulas and the start of
     alpha are those of an unofficial port (ricky40403/DSQ, DSQConv.py), which learns alpha itself, held below 2, and
-    starts with an interval that clips nothing. At one bit there is one interval, [l, u]. The paper learns l and u; we
-    hold them at -t and t, since the inputs have a known scale and ±1 is no interval's end that a layer could move. theta
-    is our own: alpha can not leave its range. k t is held in [0.02, 50], so that float32 can tell F from the line. The
-    paper's penalty on alpha belongs to the loss and is left out.
+    starts with an interval that clips nothing. At one bit there is one interval, [l, u]. The paper learns l and u,
+    between which its quantised values lie; ours are ±1, and our inputs have a known scale, so that we hold the two at
+    -t and t. theta is our own: alpha can not leave its range. k t is held in [0.02, 50], so that float32 can tell F
+    from the line. The paper's penalty on alpha belongs to the loss and is left out.
     """
 
     defaults = {"alpha": {"weights": 0.2, "activations": 0.2}, "t": {"weights": 3.0, "activations": 1.5}}

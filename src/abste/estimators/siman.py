@@ -35,9 +35,6 @@ class SiMaN(Estimator):
     plain_bits = False
     roles = ("weights",)
 
-    def __init__(self) -> None:
-        super().__init__()
-
     def excess(self, x: Tensor) -> Tensor:
         """|x| - m."""
         size = filters(x).abs()
