@@ -129,6 +129,16 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(
     assert "Unfinished: 3 of 4 runs are done." in output
 
 
+def test_what_fails_everywhere_is_not_tried_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = tmp_path / "all.toml"
+    study.write_text(STUDY.replace('"train.epochs"', '"data.classes" = 7, "train.epochs"'))
+    assert main(["compare", str(study), "--out", str(tmp_path / "out"), "--jobs", "1"]) == 2
+    output = capsys.readouterr()
+    why = "data set 'digits' has 10 classes, but data.classes is 7."
+    assert output.err == f"abste: error: the first 3 runs all failed, so the rest was not started: {why}\n"
+    assert output.out.count(" failed: ") == 3
+
+
 def test_a_run_in_use_is_left_alone(
     done: Path, study_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,6 +20,9 @@ from abste.train.progress import duration
 from abste.train.recipe import first_difference
 from abste.train.run import RunDirectory, build_model
 
+PATIENCE = 3
+"""Runs that may fail alike at the start before the others are not tried."""
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -129,7 +132,8 @@ class _Child:
         folder.mkdir(parents=True, exist_ok=True)
         recipe = folder / f"{name}.toml"
         write_atomic(recipe, planned.recipe.to_toml().encode())
-        command = [sys.executable, "-m", "abste", "train", str(recipe), "--out", str(self.run.path)]
+        # -P: with -m, Python would look for every module in the current directory first.
+        command = [sys.executable, "-P", "-m", "abste", "train", str(recipe), "--out", str(self.run.path)]
         command += ["--data", str(data)] if data is not None else []
         command += ["--resume"] if self.run.exists() else []
         threads = planned.recipe.train.threads
@@ -170,7 +174,7 @@ def run_study(
 
     Raises:
         ConfigError: a task that there is none of, or an argument out of range; or see :func:`check_arms`.
-        RunError: see :func:`check_directories`.
+        RunError: see :func:`check_directories`; or the first runs all failed alike.
         KeyboardInterrupt: a signal arrived; all runs have written a checkpoint.
     """
     out, plan = Path(out), study.plan()
@@ -223,6 +227,8 @@ def run_study(
                     else:
                         failed[name] = why
                         say(f"{name} failed: {why}")
+                        if ended == 0 and len(failed) == PATIENCE and len(set(failed.values())) == 1:
+                            raise RunError(f"the first {PATIENCE} runs all failed, so the rest was not started: {why}")
     return Outcome(done, failed, elsewhere, done + len(failed) + len(elsewhere) < total)
 
 
