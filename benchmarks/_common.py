@@ -28,11 +28,17 @@ def twin(name: str) -> str:
     return f"{name}'s float twin"
 
 
-def training_step(name: str, batch_size: int, *, compiled: bool = False) -> tuple[nn.Module, Callable[[], None]]:
+def training_step(
+    name: str,
+    batch_size: int,
+    *,
+    compiled: bool = False,
+    prepare: Callable[[nn.Module, torch.optim.Optimizer], object] | None = None,
+) -> tuple[nn.Module, Callable[[], None]]:
     """A network of NETWORKS for CIFAR-10 and a function that trains it for one step, always on the same noise.
 
     The step is that of our recipes: channels_last, bf16 autocast, SGD with Nesterov, and the estimators' schedule,
-    here in the middle of training.
+    here in the middle of training. ``prepare`` gets what the step will call, and its optimizer.
     """
     torch.manual_seed(0)
     architecture, binarization = NETWORKS[name]
@@ -44,6 +50,8 @@ def training_step(name: str, batch_size: int, *, compiled: bool = False) -> tupl
     schedule = abste.EstimatorSchedule(model, total_steps=2000)
     schedule.load_state_dict({"last_step": 1000, "total_steps": 2000})
     run = torch.compile(model) if compiled else model
+    if prepare is not None:
+        prepare(run, optimizer)
     images = torch.randn(batch_size, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 10, (batch_size,))
 
