@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,18 +34,21 @@ def training_step(
     batch_size: int,
     *,
     compiled: bool = False,
+    estimator: Any = None,
     prepare: Callable[[nn.Module, torch.optim.Optimizer], object] | None = None,
 ) -> tuple[nn.Module, Callable[[], None]]:
     """A network of NETWORKS for CIFAR-10 and a function that trains it for one step, always on the same noise.
 
     The step is that of our recipes: channels_last, bf16 autocast, SGD with Nesterov, and the estimators' schedule,
-    here in the middle of training. ``prepare`` gets what the step will call, and its optimizer.
+    here in the middle of training. ``estimator`` takes the place of AB-Tanh; ``prepare`` gets what the step will call,
+    and its optimizer.
     """
     torch.manual_seed(0)
     architecture, binarization = NETWORKS[name]
     model = abste.models.create(architecture)
     if binarization is not None:
-        abste.convert(model, **binarization, example_input=torch.zeros(1, 3, 32, 32))
+        chosen = dict.fromkeys(binarization, estimator) if estimator else binarization
+        abste.convert(model, **chosen, example_input=torch.zeros(1, 3, 32, 32))
     model.to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(abste.parameter_groups(model, 0.01, 5e-4), lr=0.01, momentum=0.9, nesterov=True)
     schedule = abste.EstimatorSchedule(model, total_steps=2000)
@@ -64,6 +68,18 @@ def training_step(
         schedule.step()
 
     return model, step
+
+
+def by_turns(functions: dict[str, Callable[[], object]], rounds: int, warm_up: int) -> dict[str, list[float]]:
+    """Milliseconds of each call of each function. They take turns, there and back, so that noise meets all of them."""
+    milliseconds: dict[str, list[float]] = {name: [] for name in functions}
+    for i in range(-warm_up, rounds):
+        for name in list(functions)[:: 1 if i % 2 else -1]:
+            start = time.perf_counter()
+            functions[name]()
+            if i >= 0:
+                milliseconds[name].append(1e3 * (time.perf_counter() - start))
+    return milliseconds
 
 
 def save(result: dict[str, Any], out: Path | None) -> None:

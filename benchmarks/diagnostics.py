@@ -15,12 +15,11 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from _common import circumstances, save, training_step
+from _common import by_turns, circumstances, save, training_step
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -50,15 +49,7 @@ def steps(batch_size: int, compiled: bool, folder: Path) -> dict[str, Callable[[
 def measure(batch_size: int, compiled: bool, rounds: int, warm_up: int, folder: Path) -> dict[str, list[float]]:
     """Milliseconds of each step."""
     torch.compiler.reset()
-    functions = steps(batch_size, compiled, folder)
-    milliseconds: dict[str, list[float]] = {name: [] for name in functions}
-    for i in range(-warm_up, rounds):
-        for name in list(functions)[:: 1 if i % 2 else -1]:
-            start = time.perf_counter()
-            functions[name]()
-            if i >= 0:
-                milliseconds[name].append(1e3 * (time.perf_counter() - start))
-    return milliseconds
+    return by_turns(steps(batch_size, compiled, folder), rounds, warm_up)
 
 
 def main() -> None:

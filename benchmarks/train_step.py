@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from pathlib import Path
 
 import torch
-from _common import NETWORKS, circumstances, save, training_step, twin
+from _common import NETWORKS, by_turns, circumstances, save, training_step, twin
 
 PROMISED = {"W1A32": 1.10, "W1A1": 1.35}
 
@@ -26,14 +25,7 @@ def measure(batch_size: int, compiled: bool, steps: int, warm_up: int) -> dict[s
     """Milliseconds of each step of each network."""
     torch.compiler.reset()
     functions = {name: training_step(name, batch_size, compiled=compiled)[1] for name in NETWORKS}
-    milliseconds: dict[str, list[float]] = {name: [] for name in NETWORKS}
-    for i in range(-warm_up, steps):
-        for name in list(functions)[:: 1 if i % 2 else -1]:
-            start = time.perf_counter()
-            functions[name]()
-            if i >= 0:
-                milliseconds[name].append(1e3 * (time.perf_counter() - start))
-    return milliseconds
+    return by_turns(functions, steps, warm_up)
 
 
 def main() -> None:
