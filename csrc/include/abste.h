@@ -61,6 +61,8 @@ typedef struct {
     uint32_t value_count, node_count, step_count, blob_count, string_bytes, input_count, output_count;
     uint32_t normalization, classes, metadata;
     const uint8_t *values, *nodes, *steps, *blobs, *strings;
+    const uint8_t *packed; /* see abste_pack */
+    const void *variant;
 } abste_model;
 
 /* Check a whole file and set up `model`, which keeps pointing into `data` (aligned to 4 bytes; 64 is faster).
@@ -73,6 +75,28 @@ ABSTE_API const char *abste_message(abste_status status);
 
 /* Bytes of the arena that abste_run needs. */
 ABSTE_API size_t abste_arena_bytes(const abste_model *model);
+
+/* Instruction sets, a faster one behind a slower one. Each computes the same bits as the scalar code; which there are on a machine
+ * is found out when asked. */
+typedef enum {
+    ABSTE_SCALAR = 0,
+    ABSTE_AVX512, /* with VPOPCNTDQ: Intel from Ice Lake, AMD from Zen 4 */
+    ABSTE_ISA_COUNT
+} abste_isa;
+
+/* Whether this machine, and this build, has it. */
+ABSTE_API int abste_has(abste_isa isa);
+/* The fastest that it has. */
+ABSTE_API abste_isa abste_fastest(void);
+/* "scalar", "avx512"; NULL for a number that is none. */
+ABSTE_API const char *abste_isa_name(abste_isa isa);
+
+/* A freshly loaded model runs the scalar code and reads its weights where they are. The kernels of an instruction set want them
+ * in an order of their own: abste_pack writes them once into memory of the caller's, of abste_packed_bytes bytes and aligned to
+ * 64, which the model keeps pointing into. Call it before any thread runs the model. Returns ABSTE_OK, or
+ * ABSTE_ERROR_ARGUMENT for an instruction set that the machine lacks or memory that is missing, too small or not aligned. */
+ABSTE_API size_t abste_packed_bytes(const abste_model *model, abste_isa isa);
+ABSTE_API abste_status abste_pack(abste_model *model, abste_isa isa, void *memory, size_t bytes);
 
 /* A tensor of the network, for one image. `rank` is PyTorch's without the batch: 1 (c), 2 (c, w), 3 (c, h, w). */
 typedef struct {

@@ -160,7 +160,22 @@ class Model {
             throw nb::value_error(message(status, where).c_str());
     }
 
+    // Once, before anything runs.
+    void pack(const std::string &name) {
+        for (int i = 0; abste_isa_name(static_cast<abste_isa>(i)); ++i) {
+            const abste_isa isa = static_cast<abste_isa>(i);
+            if (name != abste_isa_name(isa) || !abste_has(isa))
+                continue;
+            packed_bytes_ = abste_packed_bytes(&model_, isa);
+            packed_ = allocate(packed_bytes_);
+            if (abste_pack(&model_, isa, packed_.get(), packed_bytes_) == ABSTE_OK)
+                return;
+        }
+        throw nb::value_error("this machine has no such instruction set");
+    }
+
     size_t arena_bytes() const { return abste_arena_bytes(&model_); }
+    size_t packed_bytes() const { return packed_bytes_; }
 
     nb::list inputs() const {
         nb::list list;
@@ -322,13 +337,25 @@ class Model {
 
     Bytes data_; // keeps the file's memory alive
     abste_model model_;
+    Arena packed_;
+    size_t packed_bytes_ = 0;
 };
 
 } // namespace
 
 NB_MODULE(_native, module) {
+    // The instruction sets of this machine, the fastest first.
+    module.def("isas", [] {
+        nb::list names;
+        for (int i = ABSTE_ISA_COUNT; i-- > 0;)
+            if (abste_has(static_cast<abste_isa>(i)))
+                names.append(abste_isa_name(static_cast<abste_isa>(i)));
+        return names;
+    });
     nb::class_<Model>(module, "Model")
         .def(nb::init<Bytes>())
+        .def("pack", &Model::pack, nb::arg("isa"))
+        .def_prop_ro("packed_bytes", &Model::packed_bytes)
         .def_prop_ro("arena_bytes", &Model::arena_bytes)
         .def_prop_ro("inputs", &Model::inputs)
         .def_prop_ro("outputs", &Model::outputs)

@@ -4,6 +4,11 @@
 
 #include "abste.h"
 
+/* Instruction sets are chosen at run time, function by function: no file needs flags of its own. */
+#if !defined(ABSTE_SCALAR_ONLY) && (defined(__x86_64__) || defined(_M_X64)) && (defined(__GNUC__) || defined(__clang__))
+#define ABSTE_X86
+#endif
+
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "abste reads little-endian files in place and does not run on big-endian machines"
 #endif
@@ -94,8 +99,18 @@ typedef union {
     int32_t i[BLOCK]; /* of xnor */
 } abste_sums;
 
-/* What a kernel reads. */
-typedef struct {
+typedef struct abste_job abste_job;
+
+/* The sums of channels [o, o + n) of the output pixel (y, x); n is at most BLOCK. */
+typedef void (*abste_kernel)(const abste_job *job, uint32_t y, uint32_t x, uint32_t o, uint32_t n, abste_sums *sums);
+
+/* The same of a whole row of pixels, and their steps, to where the node writes. */
+typedef void (*abste_row_kernel)(const abste_job *job, uint32_t y, uint32_t o, uint32_t n);
+
+/* What a kernel reads, and where what it computes goes. */
+struct abste_job {
+    const abste_model *model;
+    const abste_run_arguments *arguments;
     const abste_node_record *node;
     uint32_t H, W, C, h, w, c; /* of the input and the output */
     uint32_t in1_c;            /* of concat */
@@ -103,11 +118,45 @@ typedef struct {
     const float *in, *in1;
     const uint32_t *bits;
     const void *weight;
-    int half; /* the weight is f16 */
-} abste_job;
+    int half;           /* the weight is f16 */
+    const void *packed; /* the weight in the order of a variant, or NULL */
+    abste_kernel kernel;
+    abste_row_kernel row; /* instead of kernel, if not NULL */
+    void (*finish)(const abste_job *job, uint32_t y, uint32_t x, uint32_t pixels, uint32_t o, uint32_t n, abste_sums *sums);
+    uint32_t number;        /* of the node */
+    float *out;
+    uint32_t *out_bits;
+};
 
-/* The sums of channels [o, o + n) of the output pixel (y, x); n is at most BLOCK. */
-typedef void (*abste_kernel)(const abste_job *job, uint32_t y, uint32_t x, uint32_t o, uint32_t n, abste_sums *sums);
+static inline const float *floats(const abste_job *job, uint32_t value) {
+    return (const float *)(const void *)((const uint8_t *)job->arguments->arena + value_at(job->model, value)->offset);
+}
+/* What add_value and multiply_value take at a pixel: channel 0 of it. */
+static inline const float *operand_at(const abste_job *job, const abste_step_record *step, uint32_t y, uint32_t x) {
+    const abste_value_record *value = value_at(job->model, step->a);
+    const int same = value->h == 1 && value->w == 1; /* the same for every pixel */
+    return floats(job, step->a) + (same ? 0 : ((size_t)y * job->w + x) * job->c);
+}
+
+/* Kernels for one instruction set. Where it has none for a node, the scalar ones serve. */
+typedef struct {
+    /* Bytes of a node's weight in the order of this variant, a multiple of 64; 0 where the scalar kernel serves. */
+    size_t (*packed_bytes)(const abste_model *model, const abste_node_record *node);
+    void (*pack)(const abste_model *model, const abste_node_record *node, void *memory);
+    abste_row_kernel rows[OP_COUNT];
+    /* Sends the sums of neighbouring pixels, sums[0], sums[1]..., through the steps of the node, and stores what it writes.
+     * Never called with traces. */
+    void (*finish)(const abste_job *job, uint32_t y, uint32_t x, uint32_t pixels, uint32_t o, uint32_t n, abste_sums *sums);
+} abste_variant;
+
+#ifdef ABSTE_X86
+extern const abste_variant abste_variant_avx512;
+#endif
+
+void abste_finish_scalar(const abste_job *job, uint32_t y, uint32_t x, uint32_t pixels, uint32_t o, uint32_t n, abste_sums *sums);
+/* One step on channels [o, o + n) of the pixel (y, x). */
+void abste_apply_scalar(const abste_job *job, const abste_step_record *step, uint32_t y, uint32_t x, uint32_t o, uint32_t n,
+                        float *v);
 
 void abste_identity_scalar(const abste_job *, uint32_t, uint32_t, uint32_t, uint32_t, abste_sums *);
 void abste_conv_scalar(const abste_job *, uint32_t, uint32_t, uint32_t, uint32_t, abste_sums *);

@@ -393,6 +393,8 @@ abste_status abste_load(abste_model *model, const void *data, size_t bytes, uint
     model->normalization = header_u32(file, 48);
     model->classes = header_u32(file, 52);
     model->metadata = header_u32(file, 56);
+    model->packed = NULL;
+    model->variant = NULL;
     if (model->value_count > MAX_VALUES || model->node_count > MAX_NODES || model->step_count > MAX_STEPS ||
         model->blob_count > MAX_BLOBS || model->input_count == 0 || model->input_count > model->value_count ||
         model->arena_bytes % 64 || header_u32(file, 60))

@@ -3,16 +3,6 @@
 
 #include <string.h>
 
-typedef struct {
-    const abste_model *model;
-    const abste_run_arguments *arguments;
-    abste_job job;
-    abste_kernel kernel;
-    uint32_t node;
-    float *out;
-    uint32_t *bits;
-} work;
-
 static const abste_kernel KERNELS[OP_COUNT] = {
     abste_identity_scalar,     abste_conv_scalar,   abste_sign_conv_scalar, abste_xnor_scalar,   abste_max_pool_scalar,
     abste_average_pool_scalar, abste_concat_scalar, abste_pad_scalar,       abste_flatten_scalar};
@@ -59,29 +49,23 @@ static float erf32(float x) {
 
 static float clamp32(float v, float low, float high) { return v < low ? low : v > high ? high : v; }
 
-static const float *floats(const work *w, uint32_t value) {
-    return (const float *)(const void *)((const uint8_t *)w->arguments->arena + value_at(w->model, value)->offset);
-}
-
-static void apply(const work *w, const abste_step_record *step, uint32_t y, uint32_t x, uint32_t o, uint32_t n, float *v) {
+void abste_apply_scalar(const abste_job *job, const abste_step_record *step, uint32_t y, uint32_t x, uint32_t o, uint32_t n,
+                        float *v) {
     const float *a = NULL, *b = NULL;
     switch (step->kind) {
     case STEP_AFFINE:
-        b = (const float *)blob_data(w->model, step->b) + o;
-        a = (const float *)blob_data(w->model, step->a) + o;
+        b = (const float *)blob_data(job->model, step->b) + o;
+        a = (const float *)blob_data(job->model, step->a) + o;
         break;
     case STEP_MULTIPLY:
     case STEP_ADD:
     case STEP_PRELU:
-        a = (const float *)blob_data(w->model, step->a) + o;
+        a = (const float *)blob_data(job->model, step->a) + o;
         break;
     case STEP_ADD_VALUE:
-    case STEP_MULTIPLY_VALUE: {
-        const abste_value_record *value = value_at(w->model, step->a);
-        const int same = value->h == 1 && value->w == 1; /* the same for every pixel */
-        a = floats(w, step->a) + (same ? 0 : ((size_t)y * w->job.w + x) * w->job.c) + o;
+    case STEP_MULTIPLY_VALUE:
+        a = operand_at(job, step, y, x) + o;
         break;
-    }
     default:
         break;
     }
@@ -149,89 +133,110 @@ static void apply(const work *w, const abste_step_record *step, uint32_t y, uint
     }
 }
 
-static void threshold(const work *w, const abste_step_record *step, uint32_t o, uint32_t n, abste_sums *sums) {
-    const int32_t *pairs = (const int32_t *)blob_data(w->model, step->a) + 2 * (size_t)o;
+static void threshold(const abste_job *job, const abste_step_record *step, uint32_t o, uint32_t n, abste_sums *sums) {
+    const int32_t *pairs = (const int32_t *)blob_data(job->model, step->a) + 2 * (size_t)o;
     for (uint32_t k = 0; k < n; ++k)
         sums->f[k] = pairs[2 * k + 1] * sums->i[k] >= pairs[2 * k] ? 1.0f : -1.0f;
 }
 
 /* Copies what stands at a point of this node to those who asked for it. */
-static void trace(const work *w, int32_t point, size_t at, uint32_t n, const abste_sums *sums) {
-    for (uint32_t k = 0; k < w->arguments->trace_count; ++k) {
-        const abste_trace *wanted = &w->arguments->traces[k];
-        if (wanted->node == w->node && wanted->point == point)
+static void trace(const abste_job *job, int32_t point, size_t at, uint32_t n, const abste_sums *sums) {
+    for (uint32_t k = 0; k < job->arguments->trace_count; ++k) {
+        const abste_trace *wanted = &job->arguments->traces[k];
+        if (wanted->node == job->number && wanted->point == point)
             memcpy((float *)wanted->buffer + at, sums, n * sizeof(float));
     }
 }
 
-static void rows(void *argument, uint32_t begin, uint32_t end) {
-    const work *w = argument;
-    const abste_job *job = &w->job;
+static void finish_pixel(const abste_job *job, uint32_t y, uint32_t x, uint32_t o, uint32_t n, abste_sums *sums) {
     const abste_node_record *node = job->node;
-    const uint32_t words = words_of(job->c);
-    for (uint32_t y = begin; y < end; ++y)
-        for (uint32_t x = 0; x < job->w; ++x)
-            for (uint32_t o = 0; o < job->c; o += BLOCK) {
-                const uint32_t n = job->c - o < BLOCK ? job->c - o : BLOCK;
-                const size_t pixel = (size_t)y * job->w + x, at = pixel * job->c + o;
-                abste_sums sums;
-                w->kernel(job, y, x, o, n, &sums);
-                trace(w, -1, at, n, &sums);
-                uint32_t k = 0;
-                if (node->op == OP_XNOR) {
-                    if (node->step_count && step_at(w->model, node->first_step)->kind == STEP_THRESHOLD) {
-                        threshold(w, step_at(w->model, node->first_step), o, n, &sums);
-                        trace(w, 0, at, n, &sums);
-                        k = 1;
-                    } else {
-                        for (uint32_t m = 0; m < n; ++m)
-                            sums.f[m] = (float)sums.i[m];
-                    }
-                }
-                for (; k < node->step_count; ++k) {
-                    apply(w, step_at(w->model, node->first_step + k), y, x, o, n, sums.f);
-                    trace(w, (int32_t)k, at, n, &sums);
-                }
-                if (w->out)
-                    memcpy(w->out + at, sums.f, n * sizeof(float));
-                if (w->bits) {
-                    uint32_t *packed = w->bits + pixel * words + o / 32;
-                    for (uint32_t m = 0; m < n; m += 32) {
-                        uint32_t word = 0;
-                        for (uint32_t b = 0; b < 32 && m + b < n; ++b)
-                            word |= (uint32_t)(sums.f[m + b] >= 0) << b;
-                        packed[m / 32] = word;
-                    }
-                }
+    const size_t pixel = (size_t)y * job->w + x, at = pixel * job->c + o;
+    trace(job, -1, at, n, sums);
+    uint32_t k = 0;
+    if (node->op == OP_XNOR) {
+        if (node->step_count && step_at(job->model, node->first_step)->kind == STEP_THRESHOLD) {
+            threshold(job, step_at(job->model, node->first_step), o, n, sums);
+            trace(job, 0, at, n, sums);
+            k = 1;
+        } else {
+            for (uint32_t m = 0; m < n; ++m)
+                sums->f[m] = (float)sums->i[m];
+        }
+    }
+    for (; k < node->step_count; ++k) {
+        abste_apply_scalar(job, step_at(job->model, node->first_step + k), y, x, o, n, sums->f);
+        trace(job, (int32_t)k, at, n, sums);
+    }
+    if (job->out)
+        memcpy(job->out + at, sums->f, n * sizeof(float));
+    if (job->out_bits) {
+        uint32_t *packed = job->out_bits + pixel * words_of(job->c) + o / 32;
+        for (uint32_t m = 0; m < n; m += 32) {
+            uint32_t word = 0;
+            for (uint32_t b = 0; b < 32 && m + b < n; ++b)
+                word |= (uint32_t)(sums->f[m + b] >= 0) << b;
+            packed[m / 32] = word;
+        }
+    }
+}
+
+void abste_finish_scalar(const abste_job *job, uint32_t y, uint32_t x, uint32_t pixels, uint32_t o, uint32_t n, abste_sums *sums) {
+    for (uint32_t p = 0; p < pixels; ++p)
+        finish_pixel(job, y, x + p, o, n, &sums[p]);
+}
+
+/* Channels outermost: the weights of a block stay in the cache while all pixels pass by. */
+static void rows(void *argument, uint32_t begin, uint32_t end) {
+    const abste_job *job = argument;
+    _Alignas(64) abste_sums sums;
+    for (uint32_t o = 0; o < job->c; o += BLOCK) {
+        const uint32_t n = job->c - o < BLOCK ? job->c - o : BLOCK;
+        for (uint32_t y = begin; y < end; ++y) {
+            if (job->row) {
+                job->row(job, y, o, n);
+                continue;
             }
+            for (uint32_t x = 0; x < job->w; ++x) {
+                job->kernel(job, y, x, o, n, &sums);
+                job->finish(job, y, x, 1, o, n, &sums);
+            }
+        }
+    }
 }
 
 /* One thread computes a block of channels where there are no rows to share, as in a linear layer: that is left to one thread. */
-static void run_node(const abste_model *model, const abste_run_arguments *arguments, uint32_t i) {
+static void run_node(const abste_model *model, const abste_run_arguments *arguments, uint32_t i, const uint8_t *packed) {
     const abste_node_record *node = node_at(model, i);
     const abste_value_record *in = value_at(model, node->in0), *out = written_by(model, node);
+    const abste_variant *variant = model->variant;
     uint8_t *arena = arguments->arena;
-    work w = {.model = model, .arguments = arguments, .kernel = KERNELS[node->op], .node = i};
-    w.job = (abste_job){.node = node, .H = in->h, .W = in->w, .C = in->c, .h = out->h, .w = out->w, .c = out->c};
-    w.job.in = (const float *)(const void *)(arena + in->offset);
-    w.job.bits = (const uint32_t *)(const void *)(arena + in->offset);
-    w.job.words = words_of(in->c);
+    abste_job job = {.model = model, .arguments = arguments, .node = node, .number = i};
+    job.H = in->h, job.W = in->w, job.C = in->c, job.h = out->h, job.w = out->w, job.c = out->c;
+    job.in = (const float *)(const void *)(arena + in->offset);
+    job.bits = (const uint32_t *)(const void *)(arena + in->offset);
+    job.words = words_of(in->c);
+    job.kernel = KERNELS[node->op];
+    job.finish = variant && !arguments->trace_count ? variant->finish : abste_finish_scalar;
+    if (packed) {
+        job.packed = packed;
+        job.row = variant->rows[node->op];
+    }
     if (node->op == OP_CONCAT) {
-        w.job.in1 = floats(&w, node->in1);
-        w.job.in1_c = value_at(model, node->in1)->c;
+        job.in1 = floats(&job, node->in1);
+        job.in1_c = value_at(model, node->in1)->c;
     }
     if (node->weight != ABSTE_NONE) {
-        w.job.weight = blob_data(model, node->weight);
-        w.job.half = blob_at(model, node->weight)->type == BLOB_F16;
+        job.weight = blob_data(model, node->weight);
+        job.half = blob_at(model, node->weight)->type == BLOB_F16;
     }
     if (node->out != ABSTE_NONE)
-        w.out = (float *)(void *)(arena + value_at(model, node->out)->offset);
+        job.out = (float *)(void *)(arena + value_at(model, node->out)->offset);
     if (node->bits != ABSTE_NONE)
-        w.bits = (uint32_t *)(void *)(arena + value_at(model, node->bits)->offset);
+        job.out_bits = (uint32_t *)(void *)(arena + value_at(model, node->bits)->offset);
     if (arguments->parallel_for)
-        arguments->parallel_for(arguments->pool, out->h, rows, &w);
+        arguments->parallel_for(arguments->pool, out->h, rows, &job);
     else
-        rows(&w, 0, out->h);
+        rows(&job, 0, out->h);
 }
 
 /* Between an image of the caller and a value in the arena, which is NHWC. */
@@ -270,8 +275,13 @@ abste_status abste_run(const abste_model *model, const abste_run_arguments *argu
             return ABSTE_ERROR_ARGUMENT;
         copy(value, arguments->layout, arguments->inputs[i], (float *)(void *)(arena + value->offset), 1);
     }
-    for (uint32_t i = 0; i < model->node_count; ++i)
-        run_node(model, arguments, i);
+    const abste_variant *variant = model->variant;
+    size_t at = 0;
+    for (uint32_t i = 0; i < model->node_count; ++i) {
+        const size_t bytes = variant && model->packed ? variant->packed_bytes(model, node_at(model, i)) : 0;
+        run_node(model, arguments, i, bytes ? model->packed + at : NULL);
+        at += bytes;
+    }
     for (uint32_t v = 0, i = 0; v < model->value_count; ++v) {
         const abste_value_record *value = value_at(model, v);
         if (!(value->flags & IS_OUTPUT))

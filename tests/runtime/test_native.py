@@ -13,14 +13,17 @@ from hypothesis import strategies as st
 
 from abste.deploy import format as abste_format
 from abste.deploy.graph import Graph, Op
-from abste.runtime.network import Network
+from abste.runtime.network import Network, isas
 from abste.runtime.reference import run
 
 Build = Callable[[int], Graph]
 
 
-def loaded(graph: Graph) -> Network:
-    return Network(np.frombuffer(abste_format.write(graph), np.uint8), "a test")
+ISAS = isas()
+
+
+def loaded(graph: Graph, isa: str | None = None) -> Network:
+    return Network(np.frombuffer(abste_format.write(graph), np.uint8), "a test", isa)
 
 
 def image(graph: Graph, seed: int, batch: int) -> Any:
@@ -36,20 +39,26 @@ def assert_same_bits(found: Any, wanted: Any, what: str) -> None:
     assert same.all(), f"{what}: {(~same).sum()} of {same.size} differ"
 
 
+@pytest.mark.parametrize("isa", ISAS)
 @settings(max_examples=150)
 @given(seed=st.integers(0, 2**31), threads=st.sampled_from([1, 2]))
-def test_every_number_of_every_node(random_graph: Build, seed: int, threads: int) -> None:
+def test_every_number_of_every_node(random_graph: Build, isa: str, seed: int, threads: int) -> None:
     graph = random_graph(seed)
     x = image(graph, seed, 2)
     result = run(graph, [x])
-    network = loaded(graph)
+    network = loaded(graph, isa)
+    assert network.isa == isa
     points = [(n, step) for n, node in enumerate(graph.nodes) for step in range(-1, len(node.steps))]
     (output,), traced = network.trace(np.moveaxis(x, -1, 1), points, threads=threads)
     for (n, step), found in zip(points, traced, strict=True):
         wanted = np.asarray(result.points[n][step + 1])
         assert_same_bits(found, wanted, f"node {n} ({graph.nodes[n].op.name}), step {step}")
     last = graph.outputs()[0]
-    assert_same_bits(np.moveaxis(output, 1, -1), np.ascontiguousarray(result.values[last]), "output")
+    wanted = np.ascontiguousarray(result.values[last])
+    assert_same_bits(np.moveaxis(output, 1, -1), wanted, "output")
+    # Steps take another way where nobody looks on.
+    alone = network(np.moveaxis(x, -1, 1), threads=threads)
+    assert_same_bits(np.moveaxis(alone, 1, -1), wanted, "output without traces")
 
 
 def test_every_operation_and_step_is_among_them(random_graph: Build) -> None:

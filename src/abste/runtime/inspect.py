@@ -39,7 +39,7 @@ def describe(network: Network) -> str:
         ("MACs", ", ".join(work) or "none"),
         ("file", f"{network.file_bytes:,} bytes"),
         ("arena", f"{network.arena_bytes:,} bytes of working memory for an image"),
-        ("repack", "0 bytes: the reference kernels read the weights in place"),
+        ("kernels", f"{network.isa}, with {network.packed_bytes:,} bytes for weights in their order"),
     ]
     facts += [(key, value) for key, value in network.metadata.items() if isinstance(value, str | int | float)]
     width = max(len(key) for key, _ in facts)

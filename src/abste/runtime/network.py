@@ -76,13 +76,18 @@ class Network:
         metadata: what else the file says of itself.
         file_bytes: size of the file.
         arena_bytes: working memory for one image.
+        isa: the instruction set whose kernels run it.
+        packed_bytes: memory for weights in the order that those kernels want.
     """
 
-    def __init__(self, data: Array, name: str) -> None:
+    def __init__(self, data: Array, name: str, isa: str | None = None) -> None:
         try:
             self._model = _native.Model(data)
         except ValueError as error:
             raise FormatError(f"{name}: {error}") from None
+        self.isa = _chosen(isa)
+        self._model.pack(self.isa)
+        self.packed_bytes = int(self._model.packed_bytes)
         self._name = name
         self.file_bytes = int(data.nbytes)
         self.arena_bytes = int(self._model.arena_bytes)
@@ -259,17 +264,35 @@ def _array(x: Any, value: _Tensor, layout: Layout) -> Array:
     return np.ascontiguousarray(x)
 
 
+def isas() -> list[str]:
+    """The instruction sets of this machine that there are kernels for, the fastest first; the last is ``"scalar"``."""
+    return _native.isas()
+
+
+def _chosen(isa: str | None) -> str:
+    wanted = isa or os.environ.get("ABSTE_ISA") or None
+    if wanted is None:
+        return isas()[0]
+    if wanted not in isas():
+        where = "isa" if isa else "the environment variable ABSTE_ISA"
+        raise ConfigError(f"{where}: this machine has no {wanted!r}; {nearest(wanted, isas())}")
+    return wanted
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def load(path: str | os.PathLike[str]) -> Network:
+def load(path: str | os.PathLike[str], *, isa: str | None = None) -> Network:
     """Load an .abste file, which stays mapped rather than being read into memory.
 
     Args:
         path: of the file. Replace it, as `abste export` does, rather than writing into it while it is loaded.
+        isa: the instruction set whose kernels are to run it, one of :func:`isas`; by default the environment variable
+            ``ABSTE_ISA``, else the fastest. All give the same bits.
 
     Raises:
+        ConfigError: an instruction set that this machine does not have.
         FormatError: it cannot be opened, is no .abste file, damaged, malformed, made for a newer version, or asks for
             more memory or work than ``MAX_ARENA`` and ``MAX_WORK``.
     """
@@ -280,4 +303,4 @@ def load(path: str | os.PathLike[str]) -> Network:
     except (OSError, ValueError) as error:  # mmap raises the latter for an empty file
         reason = error.strerror if isinstance(error, OSError) else "it is empty"
         raise FormatError(f"cannot load {os.fspath(path)}: {reason}.") from None
-    return Network(data, name)
+    return Network(data, name, isa)

@@ -1,0 +1,102 @@
+"""Every kernel of every instruction set against the scalar reference, in shapes that fill registers and in those that do not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from abste.deploy import format as abste_format
+from abste.deploy.graph import Graph, Kind, Node, Op, Step, StepKind, Value
+from abste.deploy.plan import plan
+from abste.runtime.network import Network, isas
+
+FASTER = [isa for isa in isas() if isa != "scalar"]
+
+
+def sides(size: int, kernel: int, stride: int, dilation: int, before: int, after: int) -> int:
+    return (size + before + after - dilation * (kernel - 1) - 1) // stride + 1
+
+
+@st.composite
+def convolutions(draw: st.DrawFn, op: Op) -> tuple[Graph, Any]:
+    """A convolution of random geometry, what feeds it, and an image: with floats, bits or thresholds behind it."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    groups = draw(st.sampled_from([1, 1, 1, 2]))
+    c_in = draw(st.sampled_from([1, 3, 16, 31, 32, 33, 64, 100, 128, 200])) * groups
+    c_out = draw(st.sampled_from([1, 15, 16, 17, 31, 32, 33, 48, 64, 65, 80, 128, 150])) * groups
+    kernel = draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
+    stride, dilation = (draw(st.tuples(st.integers(1, 2), st.integers(1, 2))) for _ in range(2))
+    padding = tuple(draw(st.integers(0, 3)) for _ in range(4))
+    size = draw(st.tuples(st.integers(1, 12), st.integers(1, 30)))
+    h, w = (
+        sides(size[i], kernel[i], stride[i], dilation[i], padding[i], padding[i + 2]) for i in range(2)
+    )
+    if h < 1 or w < 1:
+        kernel, h, w = (1, 1), *(sides(size[i], 1, stride[i], 1, padding[i], padding[i + 2]) for i in range(2))
+    out = (h, w, c_out)
+    values = [Value((*size, c_in), name="image")]
+    source = 0
+    if op is Op.XNOR:
+        values.append(Value((*size, c_in), Kind.BITS))
+        source = 1
+    nodes = [Node(Op.IDENTITY, (0,), None, 1)] if op is Op.XNOR else []
+    if op is Op.CONV:
+        weight = rng.normal(size=(*kernel, c_in // groups, c_out)).astype(draw(st.sampled_from([np.float32, np.float16])))
+    else:
+        weight = rng.random((c_out, *kernel, c_in // groups)) < 0.5
+    node = Node(op, (source,), None, None, "conv", weight, kernel, stride, dilation, padding, groups=groups)
+    node.pad_value = draw(st.sampled_from([-1, 0, 1])) if op is Op.XNOR else 0
+    reach = int(np.prod(kernel)) * (c_in // groups)
+    how = draw(st.sampled_from(["threshold", "bits", "floats", "both"]))
+    if how == "threshold" and op is Op.XNOR:
+        pairs = [rng.integers(-reach - 1, reach + 2, c_out), rng.choice([-1, 1], c_out)]
+        node.steps = [Step(StepKind.THRESHOLD, "", np.stack(pairs, 1).astype(np.int32))]
+    else:
+        vectors = iter(rng.normal(size=(6, c_out)).astype(np.float32))
+        plenty = [
+            Step(StepKind.AFFINE, "", next(vectors), next(vectors)),
+            Step(StepKind.PRELU, "", next(vectors)),
+            Step(StepKind.MULTIPLY, "", next(vectors)),
+            Step(StepKind.ADD, "", next(vectors)),
+            Step(StepKind.RELU, ""),
+            Step(StepKind.CLAMP, "", p=-0.5, q=2.0),
+            Step(StepKind.SILU, ""),
+            Step(StepKind.SIGN, ""),
+        ]
+        node.steps = [plenty[i] for i in draw(st.lists(st.integers(0, len(plenty) - 1), max_size=4))]
+        if out == values[0].shape and draw(st.booleans()):
+            node.steps.append(Step(draw(st.sampled_from([StepKind.ADD_VALUE, StepKind.MULTIPLY_VALUE])), "", value=0))
+    if how in ("floats", "both"):
+        node.out = len(values)
+        values.append(Value(out))
+    if how in ("bits", "both", "threshold"):
+        node.bits = len(values)
+        values.append(Value(out, Kind.BITS))
+    nodes.append(node)
+    if node.bits is not None:  # what was packed comes to light in the sums of another
+        eye = np.eye(c_out, dtype=bool).reshape(c_out, 1, 1, c_out)
+        nodes.append(Node(Op.XNOR, (node.bits,), len(values), None, "look", eye, (1, 1)))
+        values.append(Value(out))
+    for value in values[2 if op is Op.XNOR else 1 :]:
+        value.output = value.kind is Kind.FLOAT
+    image = rng.normal(size=(1, *size, c_in)).astype(np.float32)
+    image[rng.random(image.shape) < 0.02] = np.nan
+    image[rng.random(image.shape) < 0.02] = -0.0
+    return plan(Graph(values, nodes)), image
+
+
+@pytest.mark.parametrize("isa", FASTER)
+@pytest.mark.parametrize("op", [Op.XNOR, Op.SIGN_CONV, Op.CONV])
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_convolutions_give_the_bits_of_the_scalar_code(isa: str, op: Op, data: st.DataObject) -> None:
+    graph, image = data.draw(convolutions(op))
+    file = np.frombuffer(abste_format.write(graph), np.uint8)
+    wanted, found = (Network(file, "a test", name)(image, layout="nhwc", threads=1) for name in ("scalar", isa))
+    for a, b in zip(*((each if isinstance(each, tuple) else (each,)) for each in (wanted, found)), strict=True):
+        same = (a.view(np.uint32) == b.view(np.uint32)) | (np.isnan(a) & np.isnan(b))
+        assert same.all(), f"{(~same).sum()} of {same.size} numbers differ"
