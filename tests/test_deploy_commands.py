@@ -58,7 +58,8 @@ def test_inspect(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     net = abste.load("digits.abste")
     assert f"{net.file_bytes:,} bytes" in text and f"{net.arena_bytes:,} bytes of working memory" in text
-    assert "repack" in text and "classes" in text and re.search(r"MACs +[\d,]+ with 1-bit weights", text)
+    assert re.search(rf"kernels +{net.isa}, with {net.packed_bytes:,} bytes", text)
+    assert "classes" in text and re.search(r"MACs +[\d,]+ with 1-bit weights", text)
     assert len([line for line in text.splitlines() if "sign_conv" in line]) == 6
 
 

@@ -18,44 +18,74 @@ typedef struct {
 
 #define MOST_RUNS 64u
 
-/* The set bits of input ^ weight for P pixels, `step` words apart, and O registers of channels; weights of a word are 64 apart. */
-#define KERNEL(P, O)                                                                                                            \
-    TARGET static void count_##P##x##O(const run_of_taps *runs, uint32_t count, size_t step, int32_t offset, abste_sums *sums,   \
-                                       uint32_t first) {                                                                        \
-        __m512i total[P][O];                                                                                                    \
-        for (int p = 0; p < P; ++p)                                                                                             \
-            for (int o = 0; o < O; ++o)                                                                                         \
-                total[p][o] = _mm512_setzero_si512();                                                                           \
+/* Where sums go: through thresholds to bits, if there are any, or to `sums`. */
+typedef struct {
+    abste_sums *sums;
+    const int32_t *thresholds; /* pairs, from the first channel of 32 on */
+    uint32_t *bits;            /* the word of those 32 channels of the first pixel; `words` further is the next pixel */
+    size_t words;
+    uint32_t some; /* a bit for each of the 32 channels that exists */
+    uint32_t first;
+} destination;
+
+/* Pairs of a threshold and its direction, taken apart. */
+TARGET static inline void thresholds(const int32_t *pairs, __mmask16 some, __m512i *t, __m512i *d) {
+    const uint32_t twice = _pdep_u32(some, 0x55555555u) * 3;
+    const __m512i a = _mm512_maskz_loadu_epi32((__mmask16)twice, pairs);
+    const __m512i b = _mm512_maskz_loadu_epi32((__mmask16)(twice >> 16), pairs + 16);
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    *t = _mm512_permutex2var_epi32(a, even, b);
+    *d = _mm512_permutex2var_epi32(a, _mm512_add_epi32(even, _mm512_set1_epi32(1)), b);
+}
+
+/* `taps` - 2 (set bits of input ^ weight) for P pixels, `step` words apart, and two registers of channels; the weights of a word
+ * lie together, BLOCK of them. */
+#define KERNEL(P)                                                                                                               \
+    TARGET static void count_##P(const run_of_taps *runs, uint32_t count, size_t step, int32_t taps, const destination *to) {   \
+        __m512i total[P][2];                                                                                                    \
+        UNROLL for (int p = 0; p < P; ++p) total[p][0] = total[p][1] = _mm512_setzero_si512();                                  \
         for (uint32_t r = 0; r < count; ++r) {                                                                                  \
-            const uint32_t *in = runs[r].in, *weight = runs[r].weight + first;                                                  \
+            const uint32_t *in = runs[r].in, *weight = runs[r].weight + to->first;                                              \
             for (uint32_t t = 0; t < runs[r].words; ++t, weight += BLOCK) {                                                     \
-                __m512i w[O];                                                                                                   \
-                for (int o = 0; o < O; ++o)                                                                                     \
-                    w[o] = _mm512_load_si512((const void *)(weight + 16 * o));                                                  \
-                for (int p = 0; p < P; ++p) {                                                                                   \
+                const __m512i w0 = _mm512_load_si512(weight), w1 = _mm512_load_si512(weight + 16);                              \
+                UNROLL for (int p = 0; p < P; ++p) {                                                                            \
                     const __m512i bits = _mm512_set1_epi32((int32_t)in[p * step + t]);                                          \
-                    for (int o = 0; o < O; ++o)                                                                                 \
-                        total[p][o] = _mm512_add_epi32(total[p][o], _mm512_popcnt_epi32(_mm512_xor_si512(w[o], bits)));         \
+                    total[p][0] = _mm512_add_epi32(total[p][0], _mm512_popcnt_epi32(_mm512_xor_si512(w0, bits)));               \
+                    total[p][1] = _mm512_add_epi32(total[p][1], _mm512_popcnt_epi32(_mm512_xor_si512(w1, bits)));               \
                 }                                                                                                               \
             }                                                                                                                   \
         }                                                                                                                       \
-        for (int p = 0; p < P; ++p)                                                                                             \
-            for (int o = 0; o < O; ++o)                                                                                         \
-                _mm512_storeu_si512(                                                                                            \
-                    sums[p].i + first + 16 * o,                                                                                 \
-                    _mm512_sub_epi32(_mm512_set1_epi32(offset), _mm512_slli_epi32(total[p][o], 1)));                            \
+        const __m512i all = _mm512_set1_epi32(taps);                                                                            \
+        UNROLL for (int p = 0; p < P; ++p) UNROLL for (int o = 0; o < 2; ++o)                                                   \
+            total[p][o] = _mm512_sub_epi32(all, _mm512_slli_epi32(total[p][o], 1));                                             \
+        if (to->thresholds) {                                                                                                   \
+            __m512i t[2], d[2];                                                                                                 \
+            UNROLL for (int o = 0; o < 2; ++o)                                                                                  \
+                thresholds(to->thresholds + 32 * o, (__mmask16)(to->some >> 16 * o), &t[o], &d[o]);                             \
+            const __mmask16 n0 = _mm512_movepi32_mask(d[0]), n1 = _mm512_movepi32_mask(d[1]);                                   \
+            const __m512i zero = _mm512_setzero_si512();                                                                        \
+            UNROLL for (int p = 0; p < P; ++p) { /* d * sum >= t */                                                             \
+                const __m512i s0 = _mm512_mask_sub_epi32(total[p][0], n0, zero, total[p][0]);                                   \
+                const __m512i s1 = _mm512_mask_sub_epi32(total[p][1], n1, zero, total[p][1]);                                   \
+                const uint32_t low = _mm512_cmpge_epi32_mask(s0, t[0]), high = _mm512_cmpge_epi32_mask(s1, t[1]);               \
+                to->bits[p * to->words] = (low | high << 16) & to->some;                                                        \
+            }                                                                                                                   \
+        } else {                                                                                                                \
+            UNROLL for (int p = 0; p < P; ++p) UNROLL for (int o = 0; o < 2; ++o)                                               \
+                _mm512_store_si512(to->sums[p].i + to->first + 16 * o, total[p][o]);                                            \
+        }                                                                                                                       \
     }
 
-KERNEL(1, 2)
-KERNEL(2, 2)
-KERNEL(3, 2)
-KERNEL(4, 2)
-KERNEL(5, 2)
-KERNEL(6, 2)
-KERNEL(7, 2)
+KERNEL(1)
+KERNEL(2)
+KERNEL(3)
+KERNEL(4)
+KERNEL(5)
+KERNEL(6)
+KERNEL(7)
 
-typedef void (*counter)(const run_of_taps *, uint32_t, size_t, int32_t, abste_sums *, uint32_t);
-static const counter COUNTERS[8] = {NULL, count_1x2, count_2x2, count_3x2, count_4x2, count_5x2, count_6x2, count_7x2};
+typedef void (*counter)(const run_of_taps *, uint32_t, size_t, int32_t, const destination *);
+static const counter COUNTERS[8] = {NULL, count_1, count_2, count_3, count_4, count_5, count_6, count_7};
 #define MOST_PIXELS 7u
 
 static uint32_t words_per_tap(const abste_model *model, const abste_node_record *node) {
@@ -103,6 +133,10 @@ static void xnor(const abste_job *job, uint32_t y, uint32_t o, uint32_t n) {
     const abste_range is = taps_inside(row, kh, node->dilation[0], job->H);
     const size_t step = (size_t)node->stride[1] * words;
     _Alignas(64) abste_sums sums[MOST_PIXELS];
+    destination to = {.sums = sums, .words = words_of(job->c)};
+    const int32_t *pairs = NULL;
+    if (node->step_count && step_at(job->model, node->first_step)->kind == STEP_THRESHOLD && !job->arguments->trace_count)
+        pairs = (const int32_t *)blob_data(job->model, step_at(job->model, node->first_step)->a) + 2 * (size_t)o;
     for (uint32_t x = 0; x < job->w;) {
         const int64_t column = (int64_t)x * node->stride[1] - node->padding[1];
         const abste_range js = taps_inside(column, kw, node->dilation[1], job->W);
@@ -134,9 +168,17 @@ static void xnor(const abste_job *job, uint32_t y, uint32_t o, uint32_t n) {
         const int32_t taps = (int32_t)((is.last - is.first) * (js.last - js.first) * job->C);
         for (const uint32_t end = x + pixels; x < end;) {
             const uint32_t some = end - x < MOST_PIXELS ? end - x : MOST_PIXELS;
-            for (uint32_t first = 0; first < n; first += 32)
-                COUNTERS[some](runs, count, step, taps, sums, first);
-            job->finish(job, y, x, some, o, n, sums);
+            for (uint32_t first = 0; first < n; first += 32) {
+                to.first = first;
+                if (pairs) {
+                    to.thresholds = pairs + 2 * first;
+                    to.bits = job->out_bits + ((size_t)y * job->w + x) * to.words + (o + first) / 32;
+                    to.some = n - first < 32 ? (1u << (n - first)) - 1 : 0xFFFFFFFFu;
+                }
+                COUNTERS[some](runs, count, step, taps, &to);
+            }
+            if (!pairs)
+                job->finish(job, y, x, some, o, n, sums);
             for (uint32_t r = 0; r < count; ++r)
                 runs[r].in += some * step;
             x += some;
@@ -168,14 +210,14 @@ typedef struct {
                 __m512i t, d;                                                                                                   \
                 thresholds((const int32_t *)blob_data(job->model, steps->a) + 2 * (size_t)o, some, &t, &d);                     \
                 const __mmask16 negative = _mm512_movepi32_mask(d);                                                             \
-                for (int p = 0; p < P; ++p) { /* d * sum >= t; no floats are written */                                         \
+                UNROLL for (int p = 0; p < P; ++p) { /* d * sum >= t; no floats are written */                                         \
                     const __m512i sum = _mm512_load_si512(at->sums[p].i + k);                                                   \
                     const __m512i turned = _mm512_mask_sub_epi32(sum, negative, _mm512_setzero_si512(), sum);                   \
                     set[p][k / 16] = _mm512_mask_cmpge_epi32_mask(some, turned, t);                                             \
                 }                                                                                                               \
                 continue;                                                                                                       \
             }                                                                                                                   \
-            for (int p = 0; p < P; ++p)                                                                                         \
+            UNROLL for (int p = 0; p < P; ++p)                                                                                         \
                 v[p] = node->op == OP_XNOR ? _mm512_cvtepi32_ps(_mm512_load_si512(at->sums[p].i + k))                           \
                                            : _mm512_load_ps(at->sums[p].f + k);                                                 \
             for (uint32_t s = 0; s < node->step_count; ++s) {                                                                   \
@@ -230,32 +272,22 @@ typedef struct {
                     })                                                                                                          \
                 }                                                                                                               \
             }                                                                                                                   \
-            for (int p = 0; p < P; ++p) {                                                                                       \
+            UNROLL for (int p = 0; p < P; ++p) {                                                                                       \
                 if (job->out)                                                                                                   \
                     _mm512_mask_storeu_ps(job->out + (pixel + (size_t)p) * job->c + o, some, v[p]);                             \
                 set[p][k / 16] = _mm512_mask_cmp_ps_mask(some, v[p], zero, _CMP_GE_OQ);                                         \
             }                                                                                                                   \
         }                                                                                                                       \
         if (job->out_bits)                                                                                                      \
-            for (int p = 0; p < P; ++p) {                                                                                       \
+            UNROLL for (int p = 0; p < P; ++p) {                                                                                       \
                 uint32_t *bits = job->out_bits + (pixel + (size_t)p) * words_of(job->c) + at->o / 32;                           \
                 for (uint32_t m = 0; m < at->n; m += 32)                                                                        \
                     bits[m / 32] = set[p][m / 16] | (at->n - m > 16 ? (uint32_t)set[p][m / 16 + 1] << 16 : 0);                  \
             }                                                                                                                   \
     }
 #define EACH(action)                                                                                                            \
-    for (int p = 0; p < PIXELS_HERE; ++p)                                                                                       \
+    UNROLL for (int p = 0; p < PIXELS_HERE; ++p)                                                                                       \
         action;
-
-/* Pairs of a threshold and its direction, taken apart. */
-TARGET static inline void thresholds(const int32_t *pairs, __mmask16 some, __m512i *t, __m512i *d) {
-    const uint32_t twice = _pdep_u32(some, 0x55555555u) * 3;
-    const __m512i a = _mm512_maskz_loadu_epi32((__mmask16)twice, pairs);
-    const __m512i b = _mm512_maskz_loadu_epi32((__mmask16)(twice >> 16), pairs + 16);
-    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    *t = _mm512_permutex2var_epi32(a, even, b);
-    *d = _mm512_permutex2var_epi32(a, _mm512_add_epi32(even, _mm512_set1_epi32(1)), b);
-}
 
 TARGET static inline __m512 blob_lanes(const abste_job *job, uint32_t blob, uint32_t o, __mmask16 some) {
     return _mm512_maskz_loadu_ps(some, (const float *)blob_data(job->model, blob) + o);

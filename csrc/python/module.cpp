@@ -160,22 +160,18 @@ class Model {
             throw nb::value_error(message(status, where).c_str());
     }
 
+    // Memory that pack wants for the kernels of an instruction set of this machine.
+    size_t packed_bytes(const std::string &name) const { return abste_packed_bytes(&model_, isa(name)); }
+
     // Once, before anything runs.
     void pack(const std::string &name) {
-        for (int i = 0; abste_isa_name(static_cast<abste_isa>(i)); ++i) {
-            const abste_isa isa = static_cast<abste_isa>(i);
-            if (name != abste_isa_name(isa) || !abste_has(isa))
-                continue;
-            packed_bytes_ = abste_packed_bytes(&model_, isa);
-            packed_ = allocate(packed_bytes_);
-            if (abste_pack(&model_, isa, packed_.get(), packed_bytes_) == ABSTE_OK)
-                return;
-        }
-        throw nb::value_error("this machine has no such instruction set");
+        const size_t bytes = packed_bytes(name);
+        packed_ = allocate(bytes);
+        if (abste_pack(&model_, isa(name), packed_.get(), bytes) != ABSTE_OK)
+            throw nb::value_error("the weights could not be packed");
     }
 
     size_t arena_bytes() const { return abste_arena_bytes(&model_); }
-    size_t packed_bytes() const { return packed_bytes_; }
 
     nb::list inputs() const {
         nb::list list;
@@ -310,6 +306,13 @@ class Model {
         }
     };
 
+    static abste_isa isa(const std::string &name) {
+        for (int i = 0; i < ABSTE_ISA_COUNT; ++i)
+            if (name == abste_isa_name(static_cast<abste_isa>(i)) && abste_has(static_cast<abste_isa>(i)))
+                return static_cast<abste_isa>(i);
+        throw nb::value_error("this machine has no such instruction set");
+    }
+
     static std::string message(abste_status status, uint32_t where) {
         std::string text = abste_message(status);
         if (where != ABSTE_NONE)
@@ -338,7 +341,6 @@ class Model {
     Bytes data_; // keeps the file's memory alive
     abste_model model_;
     Arena packed_;
-    size_t packed_bytes_ = 0;
 };
 
 } // namespace
@@ -354,8 +356,8 @@ NB_MODULE(_native, module) {
     });
     nb::class_<Model>(module, "Model")
         .def(nb::init<Bytes>())
+        .def("packed_bytes", &Model::packed_bytes, nb::arg("isa"))
         .def("pack", &Model::pack, nb::arg("isa"))
-        .def_prop_ro("packed_bytes", &Model::packed_bytes)
         .def_prop_ro("arena_bytes", &Model::arena_bytes)
         .def_prop_ro("inputs", &Model::inputs)
         .def_prop_ro("outputs", &Model::outputs)

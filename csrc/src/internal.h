@@ -91,6 +91,15 @@ static inline const abste_value_record *written_by(const abste_model *model, con
     return value_at(model, node->out != ABSTE_NONE ? node->out : node->bits);
 }
 
+/* Loops over registers: else gcc keeps arrays of them in memory. */
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
+#define UNROLL _Pragma("GCC unroll 16")
+#else
+#define UNROLL
+#endif
+
 /* Channels that a kernel computes at once: a multiple of 32, so that bits leave in whole words. */
 #define BLOCK 64u
 

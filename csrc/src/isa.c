@@ -14,7 +14,7 @@ static int has_avx512(void) {
         return 0;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d))
         return 0;
-    const unsigned needed = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+    const unsigned needed = bit_BMI2 | bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
     return (b & needed) == needed && (c & bit_AVX512VPOPCNTDQ);
 }
 #endif

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #define MOST_ARENA (1u << 18)
+#define MOST_PACKED (1u << 24)
 #define MOST_WORK 4000000u /* a file may ask for hours of honest work */
 
 /* In halves, the second one first. */
@@ -66,6 +67,17 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
                                        .trace_count = count, .parallel_for = size % 3 ? NULL : in_halves};
             if (abste_run(&model, &run) != ABSTE_OK)
                 abort();
+            /* With every instruction set; without traces, which the kernels leave to the scalar code. */
+            run.trace_count = 0;
+            for (int isa = 0; abste_isa_name((abste_isa)isa); ++isa) {
+                const size_t packed_bytes = abste_packed_bytes(&model, (abste_isa)isa);
+                if (!abste_has((abste_isa)isa) || packed_bytes > MOST_PACKED)
+                    continue;
+                void *packed = aligned_alloc(64, packed_bytes ? packed_bytes : 64);
+                if (abste_pack(&model, (abste_isa)isa, packed, packed_bytes) != ABSTE_OK || abste_run(&model, &run) != ABSTE_OK)
+                    abort();
+                free(packed);
+            }
         }
         free(arena);
         free(numbers);

@@ -1,5 +1,6 @@
 /* Loads and runs files under the sanitizers. For each: a line with the status, the place at fault and the message; for one
- * that loads, what abste_run says of it, of too small an arena and of an unaligned one, and its outputs as hexadecimal words.
+ * that loads, what abste_run says of it, of too small an arena and of an unaligned one, its outputs as hexadecimal words, and for
+ * each instruction set of the machine whether its kernels give the same.
  *
  *     harness [--skip-checksum] FILE...
  */
@@ -44,6 +45,30 @@ static uint64_t work(const abste_model *model) {
     return sum;
 }
 
+static int same(float a, float b) { return memcmp(&a, &b, sizeof a) == 0 || (a != a && b != b); }
+
+/* Runs once more with the kernels of an instruction set, and compares. Their memory is of just the size they ask for. */
+static void run_with(abste_isa isa, abste_model model, abste_run_arguments arguments, float *const *wanted) {
+    const uint32_t outs = abste_output_count(&model);
+    const size_t bytes = abste_packed_bytes(&model, isa);
+    void *packed = aligned_alloc(64, bytes ? bytes : 64);
+    float **outputs = calloc(outs, sizeof *outputs);
+    int equal = bytes == 0 || abste_pack(&model, isa, packed, bytes - 1) == ABSTE_ERROR_ARGUMENT;
+    equal = equal && abste_pack(&model, isa, packed, bytes) == ABSTE_OK;
+    for (uint32_t i = 0; i < outs; ++i)
+        outputs[i] = malloc(numbers(&model, abste_output(&model, i)) * sizeof(float));
+    arguments.outputs = outputs;
+    equal = equal && abste_run(&model, &arguments) == ABSTE_OK;
+    for (uint32_t i = 0; i < outs && equal; ++i)
+        for (size_t k = 0, count = numbers(&model, abste_output(&model, i)); k < count; ++k)
+            equal = equal && same(outputs[i][k], wanted[i][k]);
+    printf("%s %s\n", abste_isa_name(isa), equal ? "same" : "DIFFERENT");
+    for (uint32_t i = 0; i < outs; ++i)
+        free(outputs[i]);
+    free(outputs);
+    free(packed);
+}
+
 static void run(const abste_model *model) {
     const uint32_t ins = abste_input_count(model), outs = abste_output_count(model);
     float **buffers = calloc(ins + outs, sizeof *buffers);
@@ -69,6 +94,10 @@ static void run(const abste_model *model) {
             memcpy(&word, &buffers[ins + i][k], sizeof word);
             printf("%08x%c", word, k + 1 < count ? ' ' : '\n');
         }
+    arguments.arena = arena;
+    for (int isa = 0; abste_isa_name((abste_isa)isa); ++isa)
+        if (abste_has((abste_isa)isa))
+            run_with((abste_isa)isa, *model, arguments, buffers + ins);
     for (uint32_t i = 0; i < ins + outs; ++i)
         free(buffers[i]);
     free(buffers);

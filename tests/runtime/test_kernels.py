@@ -1,4 +1,4 @@
-"""Every kernel of every instruction set against the scalar reference, in shapes that fill registers and in those that do not."""
+"""Every kernel of every instruction set against the scalar reference, in shapes that fill registers and others."""
 
 from __future__ import annotations
 
@@ -32,9 +32,7 @@ def convolutions(draw: st.DrawFn, op: Op) -> tuple[Graph, Any]:
     stride, dilation = (draw(st.tuples(st.integers(1, 2), st.integers(1, 2))) for _ in range(2))
     padding = tuple(draw(st.integers(0, 3)) for _ in range(4))
     size = draw(st.tuples(st.integers(1, 12), st.integers(1, 30)))
-    h, w = (
-        sides(size[i], kernel[i], stride[i], dilation[i], padding[i], padding[i + 2]) for i in range(2)
-    )
+    h, w = (sides(size[i], kernel[i], stride[i], dilation[i], padding[i], padding[i + 2]) for i in range(2))
     if h < 1 or w < 1:
         kernel, h, w = (1, 1), *(sides(size[i], 1, stride[i], 1, padding[i], padding[i + 2]) for i in range(2))
     out = (h, w, c_out)
@@ -45,7 +43,9 @@ def convolutions(draw: st.DrawFn, op: Op) -> tuple[Graph, Any]:
         source = 1
     nodes = [Node(Op.IDENTITY, (0,), None, 1)] if op is Op.XNOR else []
     if op is Op.CONV:
-        weight = rng.normal(size=(*kernel, c_in // groups, c_out)).astype(draw(st.sampled_from([np.float32, np.float16])))
+        weight = rng.normal(size=(*kernel, c_in // groups, c_out)).astype(
+            draw(st.sampled_from([np.float32, np.float16]))
+        )
     else:
         weight = rng.random((c_out, *kernel, c_in // groups)) < 0.5
     node = Node(op, (source,), None, None, "conv", weight, kernel, stride, dilation, padding, groups=groups)

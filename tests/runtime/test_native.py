@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from abste.deploy import format as abste_format
 from abste.deploy.graph import Graph, Op
+from abste.errors import ConfigError
 from abste.runtime.network import Network, isas
 from abste.runtime.reference import run
 
@@ -103,3 +104,16 @@ def test_many_threads_share_a_network(random_graph: Build) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_choice_of_instruction_set(random_graph: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = random_graph(3)
+    assert ISAS[-1] == "scalar" and loaded(graph).isa == ISAS[0]
+    monkeypatch.setenv("ABSTE_ISA", "scalar")
+    assert loaded(graph).isa == "scalar" and loaded(graph, ISAS[0]).isa == ISAS[0]
+    assert loaded(graph).packed_bytes == 0
+    with pytest.raises(ConfigError, match=r"^isa: this machine has no 'avx9'; "):
+        loaded(graph, "avx9")
+    monkeypatch.setenv("ABSTE_ISA", "scalr")
+    with pytest.raises(ConfigError, match=r"^the environment variable ABSTE_ISA: this machine has no 'scalr'; did you"):
+        loaded(graph)

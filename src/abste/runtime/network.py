@@ -86,14 +86,14 @@ class Network:
         except ValueError as error:
             raise FormatError(f"{name}: {error}") from None
         self.isa = _chosen(isa)
-        self._model.pack(self.isa)
-        self.packed_bytes = int(self._model.packed_bytes)
+        self.packed_bytes = int(self._model.packed_bytes(self.isa))
         self._name = name
         self.file_bytes = int(data.nbytes)
         self.arena_bytes = int(self._model.arena_bytes)
-        if self.arena_bytes > MAX_ARENA:
+        memory = self.arena_bytes + self.packed_bytes
+        if memory > MAX_ARENA:
             raise FormatError(
-                f"{name}: the network asks for {self.arena_bytes:,} bytes of working memory, more than {MAX_ARENA:,}; "
+                f"{name}: the network asks for {memory:,} bytes of working memory, more than {MAX_ARENA:,}; "
                 "set abste.runtime.network.MAX_ARENA if you trust the file."
             )
         records = self._model.nodes
@@ -103,6 +103,7 @@ class Network:
                 f"{name}: the network asks for {work:.0e} operations for each image, more than {MAX_WORK:.0e}; set "
                 "abste.runtime.network.MAX_WORK if you trust the file."
             )
+        self._model.pack(self.isa)
         self._inputs = [_Tensor(*value) for value in self._model.inputs]
         self._outputs = [_Tensor(*value) for value in self._model.outputs]
         self.inputs = tuple(value.info() for value in self._inputs)
