@@ -3,16 +3,6 @@
 
 #include <string.h>
 
-/* `count` (1 to 32) bits of a dense string, from bit `at` on; the rest is zero. Reads no word that holds none of them. */
-static inline uint32_t bits_at(const uint32_t *string, uint64_t at, uint32_t count) {
-    const uint32_t shift = at % 32;
-    const uint32_t *word = string + at / 32;
-    uint32_t bits = word[0] >> shift;
-    if (shift + count > 32)
-        bits |= word[1] << (32 - shift);
-    return count == 32 ? bits : bits & ((1u << count) - 1);
-}
-
 static inline uint32_t popcount(uint32_t word) {
 #if defined(__POPCNT__) || defined(__aarch64__)
     return (uint32_t)__builtin_popcount(word);
@@ -40,31 +30,33 @@ void abste_sign_conv_scalar(const abste_job *job, uint32_t y, uint32_t x, uint32
         lanes = lanes < LANES ? lanes : LANES;
         float f[LANES] = {0};
         for (uint32_t i = is.first; i < is.last; ++i)
-            for (uint32_t j = js.first; j < js.last; ++j) {
-                const size_t r = (size_t)(row + (int64_t)i * node->dilation[0]);
-                const size_t s = (size_t)(column + (int64_t)j * node->dilation[1]);
-                const float *in = job->in + (r * job->W + s) * job->C + (size_t)group * per_group;
-                for (uint32_t k = 0; k < per_group; k += 32) {
+            for (uint32_t k = 0; k < per_group; k += 32)
+                for (uint32_t j = js.first; j < js.last; ++j) {
+                    const size_t r = (size_t)(row + (int64_t)i * node->dilation[0]);
+                    const size_t s = (size_t)(column + (int64_t)j * node->dilation[1]);
+                    const float *in = job->in + (r * job->W + s) * job->C + (size_t)group * per_group + k;
                     const uint32_t count = per_group - k < 32 ? per_group - k : 32;
-                    uint32_t minus[LANES] = {0}; /* the bits of weights that are -1, first tap first */
+                    uint32_t minus[LANES] = {0}; /* the bits of weights that are -1, first channel first */
                     for (uint32_t m = 0; m < lanes; ++m) {
                         const uint64_t at =
                             (o + first + m) * taps + ((uint64_t)i * node->kernel[1] + j) * per_group + k;
                         minus[m] = ~bits_at(job->weight, at, count);
                     }
-                    for (uint32_t b = 0; b < count; ++b) {
-                        uint32_t pattern;
-                        memcpy(&pattern, in + k + b, sizeof pattern);
+                    for (uint32_t b = 0; b < count; b += 4) {
+                        uint32_t patterns[4] = {0}; /* missing ones are +0, whatever the bits say */
+                        const uint32_t some = count - b < 4 ? count - b : 4, known = (1u << some) - 1;
+                        memcpy(patterns, in + b, some * sizeof *patterns);
                         for (uint32_t m = 0; m < LANES; ++m) {
-                            const uint32_t signed_pattern = pattern ^ (minus[m] << 31);
-                            float number;
-                            memcpy(&number, &signed_pattern, sizeof number);
-                            f[m] += number;
-                            minus[m] >>= 1;
+                            const uint32_t bits = minus[m] & known;
+                            const uint32_t signed_patterns[4] = {patterns[0] ^ bits << 31, patterns[1] ^ (bits & 2) << 30,
+                                                                 patterns[2] ^ (bits & 4) << 29, patterns[3] ^ (bits & 8) << 28};
+                            float four[4];
+                            memcpy(four, signed_patterns, sizeof four);
+                            f[m] += (four[0] + four[1]) + (four[2] + four[3]);
+                            minus[m] >>= 4;
                         }
                     }
                 }
-            }
         for (uint32_t m = 0; m < lanes; ++m)
             sums->f[first + m] = f[m];
         first += lanes;

@@ -131,6 +131,7 @@ struct abste_job {
     const void *packed; /* the weight in the order of a variant, or NULL */
     abste_kernel kernel;
     abste_row_kernel row; /* instead of kernel, if not NULL */
+    int whole;            /* it takes all channels at once */
     void (*finish)(const abste_job *job, uint32_t y, uint32_t x, uint32_t pixels, uint32_t o, uint32_t n, abste_sums *sums);
     uint32_t number;        /* of the node */
     float *out;
@@ -153,6 +154,7 @@ typedef struct {
     size_t (*packed_bytes)(const abste_model *model, const abste_node_record *node);
     void (*pack)(const abste_model *model, const abste_node_record *node, void *memory);
     abste_row_kernel rows[OP_COUNT];
+    uint8_t whole[OP_COUNT]; /* rows[op] takes all channels at once, not BLOCK at a time */
     /* Sends the sums of neighbouring pixels, sums[0], sums[1]..., through the steps of the node, and stores what it writes.
      * Never called with traces. */
     void (*finish)(const abste_job *job, uint32_t y, uint32_t x, uint32_t pixels, uint32_t o, uint32_t n, abste_sums *sums);
@@ -176,6 +178,16 @@ void abste_average_pool_scalar(const abste_job *, uint32_t, uint32_t, uint32_t, 
 void abste_concat_scalar(const abste_job *, uint32_t, uint32_t, uint32_t, uint32_t, abste_sums *);
 void abste_pad_scalar(const abste_job *, uint32_t, uint32_t, uint32_t, uint32_t, abste_sums *);
 void abste_flatten_scalar(const abste_job *, uint32_t, uint32_t, uint32_t, uint32_t, abste_sums *);
+
+/* `count` (1 to 32) bits of a dense string, from bit `at` on; the rest is zero. Reads no word that holds none of them. */
+static inline uint32_t bits_at(const uint32_t *string, uint64_t at, uint32_t count) {
+    const uint32_t shift = at % 32;
+    const uint32_t *word = string + at / 32;
+    uint32_t bits = word[0] >> shift;
+    if (shift + count > 32)
+        bits |= word[1] << (32 - shift);
+    return count == 32 ? bits : bits & ((1u << count) - 1);
+}
 
 /* The taps [first, last) of a window that lie inside [0, size), the first one being at `start`. */
 typedef struct {

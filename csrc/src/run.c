@@ -189,8 +189,9 @@ void abste_finish_scalar(const abste_job *job, uint32_t y, uint32_t x, uint32_t 
 static void rows(void *argument, uint32_t begin, uint32_t end) {
     const abste_job *job = argument;
     _Alignas(64) abste_sums sums;
-    for (uint32_t o = 0; o < job->c; o += BLOCK) {
-        const uint32_t n = job->c - o < BLOCK ? job->c - o : BLOCK;
+    const uint32_t block = job->whole ? job->c : BLOCK;
+    for (uint32_t o = 0; o < job->c; o += block) {
+        const uint32_t n = job->c - o < block ? job->c - o : block;
         for (uint32_t y = begin; y < end; ++y) {
             if (job->row) {
                 job->row(job, y, o, n);
@@ -220,6 +221,7 @@ static void run_node(const abste_model *model, const abste_run_arguments *argume
     if (packed) {
         job.packed = packed;
         job.row = variant->rows[node->op];
+        job.whole = variant->whole[node->op];
     }
     if (node->op == OP_CONCAT) {
         job.in1 = floats(&job, node->in1);

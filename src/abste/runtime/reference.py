@@ -108,8 +108,11 @@ def _convolved(node: Node, x: Array, shape: tuple[int, int, int]) -> Array:
     per_group, c = factors.shape[2], shape[2]
     first = (np.arange(c) // (c // node.groups)) * per_group  # the first input channel of each output's group
     total = np.zeros((*x.shape[:-3], *shape), x.dtype)
+    taps = _taps(node, x, shape)
     with np.errstate(all="ignore"):
-        for i, j, under, inside in _taps(node, x, shape):
+        if node.op is Op.SIGN_CONV:
+            return _signed(node, taps, factors, first, total)
+        for i, j, under, inside in taps:
             for k in range(per_group):
                 added = total + under[..., first + k] * factors[i, j, k]
                 if node.op is Op.XNOR and node.pad_value:
@@ -117,6 +120,21 @@ def _convolved(node: Node, x: Array, shape: tuple[int, int, int]) -> Array:
                 else:
                     outside = total
                 total = np.where(inside, added, outside)
+    return total
+
+
+def _signed(node: Node, taps: list[tuple[int, int, Array, Array]], factors: Array, first: Array, total: Array) -> Array:
+    """Row by row, channels in blocks of 32, tap by tap, channels by fours."""
+    per_group = factors.shape[2]
+    for row in range(node.kernel[0]):
+        for block in range(0, per_group, 32):
+            for i, j, under, inside in taps:
+                for k in range(block, min(block + 32, per_group), 4) if i == row else ():
+                    four = [
+                        under[..., first + n] * factors[i, j, n] if n < per_group else np.float32(0)
+                        for n in range(k, k + 4)
+                    ]
+                    total = np.where(inside, total + ((four[0] + four[1]) + (four[2] + four[3])), total)
     return total
 
 

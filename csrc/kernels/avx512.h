@@ -1,0 +1,30 @@
+/* What the kernels for AVX-512 share. */
+#ifndef ABSTE_AVX512_H
+#define ABSTE_AVX512_H
+
+#include "../src/internal.h"
+
+#ifdef ABSTE_X86
+#include <immintrin.h>
+
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vpopcntdq,bmi2")))
+
+size_t abste_xnor_bytes_avx512(const abste_model *model, const abste_node_record *node);
+void abste_xnor_pack_avx512(const abste_model *model, const abste_node_record *node, void *memory);
+void abste_xnor_avx512(const abste_job *job, uint32_t y, uint32_t o, uint32_t n);
+size_t abste_sign_conv_bytes_avx512(const abste_model *model, const abste_node_record *node);
+void abste_sign_conv_pack_avx512(const abste_model *model, const abste_node_record *node, void *memory);
+void abste_sign_conv_avx512(const abste_job *job, uint32_t y, uint32_t o, uint32_t n);
+
+/* Pairs of a threshold and its direction, taken apart. */
+TARGET static inline void thresholds(const int32_t *pairs, __mmask16 some, __m512i *t, __m512i *d) {
+    const uint32_t twice = _pdep_u32(some, 0x55555555u) * 3;
+    const __m512i a = _mm512_maskz_loadu_epi32((__mmask16)twice, pairs);
+    const __m512i b = _mm512_maskz_loadu_epi32((__mmask16)(twice >> 16), pairs + 16);
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    *t = _mm512_permutex2var_epi32(a, even, b);
+    *d = _mm512_permutex2var_epi32(a, _mm512_add_epi32(even, _mm512_set1_epi32(1)), b);
+}
+
+#endif
+#endif
