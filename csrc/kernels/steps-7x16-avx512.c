@@ -138,13 +138,19 @@ static size_t packed_bytes(const abste_model *model, const abste_node_record *no
                                       : 0;
 }
 
+/* What reads the weight where it is. */
+static int in_place(const abste_node_record *node) { return node->op == OP_CONV && node->groups == 1; }
+
 static void pack(const abste_model *model, const abste_node_record *node, void *memory) {
     (node->op == OP_XNOR ? abste_xnor_pack_avx512 : abste_sign_conv_pack_avx512)(model, node, memory);
 }
 
 const abste_variant abste_variant_avx512 = {.packed_bytes = packed_bytes,
+                                            .in_place = in_place,
                                             .pack = pack,
-                                            .rows = {[OP_XNOR] = abste_xnor_avx512, [OP_SIGN_CONV] = abste_sign_conv_avx512},
+                                            .rows = {[OP_CONV] = abste_conv_avx512,
+                                                     [OP_SIGN_CONV] = abste_sign_conv_avx512,
+                                                     [OP_XNOR] = abste_xnor_avx512},
                                             .whole = {[OP_SIGN_CONV] = 1},
                                             .finish = finish};
 #endif

@@ -153,6 +153,8 @@ typedef struct {
     /* Bytes of a node's weight in the order of this variant, a multiple of 64; 0 where the scalar kernel serves. */
     size_t (*packed_bytes)(const abste_model *model, const abste_node_record *node);
     void (*pack)(const abste_model *model, const abste_node_record *node, void *memory);
+    /* Whether rows[op] serves a node although it has no weight of that order. */
+    int (*in_place)(const abste_node_record *node);
     abste_row_kernel rows[OP_COUNT];
     uint8_t whole[OP_COUNT]; /* rows[op] takes all channels at once, not BLOCK at a time */
     /* Sends the sums of neighbouring pixels, sums[0], sums[1]..., through the steps of the node, and stores what it writes.

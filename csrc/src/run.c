@@ -218,7 +218,7 @@ static void run_node(const abste_model *model, const abste_run_arguments *argume
     job.words = words_of(in->c);
     job.kernel = KERNELS[node->op];
     job.finish = variant && !arguments->trace_count ? variant->finish : abste_finish_scalar;
-    if (packed) {
+    if (packed || (variant && variant->in_place(node))) {
         job.packed = packed;
         job.row = variant->rows[node->op];
         job.whole = variant->whole[node->op];
