@@ -59,14 +59,18 @@ typedef struct {
                     EACH(v[p] = _mm512_mask_mul_ps(v[p], _mm512_cmp_ps_mask(v[p], zero, _CMP_LT_OQ), v[p], a))                  \
                     break;                                                                                                      \
                 }                                                                                                               \
-                case STEP_ADD_VALUE:                                                                                            \
-                    EACH(v[p] = _mm512_add_ps(                                                                                  \
-                             v[p], _mm512_maskz_loadu_ps(some, operand_at(job, step, at->y, at->x + (uint32_t)p) + o)))         \
+                case STEP_ADD_VALUE: {                                                                                          \
+                    size_t next;                                                                                                \
+                    const float *a = operand_at(job, step, at->y, at->x, &next) + o;                                            \
+                    EACH(v[p] = _mm512_add_ps(v[p], _mm512_maskz_loadu_ps(some, a + (size_t)p * next)))                         \
                     break;                                                                                                      \
-                case STEP_MULTIPLY_VALUE:                                                                                       \
-                    EACH(v[p] = _mm512_mul_ps(                                                                                  \
-                             v[p], _mm512_maskz_loadu_ps(some, operand_at(job, step, at->y, at->x + (uint32_t)p) + o)))         \
+                }                                                                                                               \
+                case STEP_MULTIPLY_VALUE: {                                                                                     \
+                    size_t next;                                                                                                \
+                    const float *a = operand_at(job, step, at->y, at->x, &next) + o;                                            \
+                    EACH(v[p] = _mm512_mul_ps(v[p], _mm512_maskz_loadu_ps(some, a + (size_t)p * next)))                         \
                     break;                                                                                                      \
+                }                                                                                                               \
                 case STEP_RELU:                                                                                                 \
                     EACH(v[p] = _mm512_mask_mov_ps(v[p], _mm512_cmp_ps_mask(v[p], zero, _CMP_LT_OQ), zero))                     \
                     break;                                                                                                      \

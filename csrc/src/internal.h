@@ -141,11 +141,12 @@ struct abste_job {
 static inline const float *floats(const abste_job *job, uint32_t value) {
     return (const float *)(const void *)((const uint8_t *)job->arguments->arena + value_at(job->model, value)->offset);
 }
-/* What add_value and multiply_value take at a pixel: channel 0 of it. */
-static inline const float *operand_at(const abste_job *job, const abste_step_record *step, uint32_t y, uint32_t x) {
+/* What add_value and multiply_value take at a pixel: channel 0 of it. `step_to_next` further is that of the next one. */
+static inline const float *operand_at(const abste_job *job, const abste_step_record *step, uint32_t y, uint32_t x,
+                                      size_t *step_to_next) {
     const abste_value_record *value = value_at(job->model, step->a);
-    const int same = value->h == 1 && value->w == 1; /* the same for every pixel */
-    return floats(job, step->a) + (same ? 0 : ((size_t)y * job->w + x) * job->c);
+    *step_to_next = value->h == 1 && value->w == 1 ? 0 : job->c; /* 0: the same for every pixel */
+    return floats(job, step->a) + ((size_t)y * job->w + x) * *step_to_next;
 }
 
 /* Kernels for one instruction set. Where it has none for a node, the scalar ones serve. */

@@ -273,6 +273,15 @@ static abste_status check_node(const abste_model *model, uint32_t i, uint32_t *w
     return ABSTE_OK;
 }
 
+static int is_operand(const abste_model *model, const abste_node_record *node, uint32_t value) {
+    for (uint32_t k = 0; k < node->step_count; ++k) {
+        const abste_step_record *step = step_at(model, node->first_step + k);
+        if ((step->kind == STEP_ADD_VALUE || step->kind == STEP_MULTIPLY_VALUE) && step->a == value)
+            return 1;
+    }
+    return 0;
+}
+
 /* The last node that reads a value; the number of nodes for an output. */
 static uint32_t last_reader(const abste_model *model, uint32_t value, uint32_t birth) {
     if (value_at(model, value)->flags & IS_OUTPUT)
@@ -283,13 +292,21 @@ static uint32_t last_reader(const abste_model *model, uint32_t value, uint32_t b
             return birth;
         if (node->in0 == value || node->in1 == value)
             return i;
-        for (uint32_t k = 0; k < node->step_count; ++k) {
-            const abste_step_record *step = step_at(model, node->first_step + k);
-            if ((step->kind == STEP_ADD_VALUE || step->kind == STEP_MULTIPLY_VALUE) && step->a == value)
-                return i;
-        }
+        if (is_operand(model, node, value))
+            return i;
     }
     return birth;
+}
+
+/* Whether `out` of a node may lie where `value` lay, which it is the last to read: number by number, it reads before it writes. */
+static int in_place(const abste_model *model, const abste_node_record *node, uint32_t value) {
+    const abste_value_record *before = value_at(model, value), *after = value_at(model, node->out);
+    if (before->kind != ABSTE_FLOAT || before->offset != after->offset || before->h != after->h || before->w != after->w ||
+        before->c != after->c)
+        return 0;
+    if (node->op == OP_IDENTITY && node->in0 == value)
+        return 1;
+    return node->in0 != value && node->in1 != value && is_operand(model, node, value);
 }
 
 /* Do two values that live at the same time share memory? Compares each with those that come after it. */
@@ -313,8 +330,12 @@ static abste_status check_overlap(const abste_model *model, uint32_t *where) {
             if (other_birth != ABSTE_NONE && (last == ABSTE_NONE || other_birth > last))
                 break;
             const abste_value_record *other = value_at(model, u);
-            if (other->offset < end && begin < other->offset + bytes_of(other))
-                return ABSTE_ERROR_OVERLAP;
+            if (other->offset >= end || begin >= other->offset + bytes_of(other))
+                continue;
+            if (other_birth == last && last < model->node_count && node_at(model, last)->out == u &&
+                in_place(model, node_at(model, last), v))
+                continue;
+            return ABSTE_ERROR_OVERLAP;
         }
     }
     *where = ABSTE_NONE;

@@ -52,6 +52,7 @@ static float clamp32(float v, float low, float high) { return v < low ? low : v 
 void abste_apply_scalar(const abste_job *job, const abste_step_record *step, uint32_t y, uint32_t x, uint32_t o, uint32_t n,
                         float *v) {
     const float *a = NULL, *b = NULL;
+    size_t next;
     switch (step->kind) {
     case STEP_AFFINE:
         b = (const float *)blob_data(job->model, step->b) + o;
@@ -64,7 +65,7 @@ void abste_apply_scalar(const abste_job *job, const abste_step_record *step, uin
         break;
     case STEP_ADD_VALUE:
     case STEP_MULTIPLY_VALUE:
-        a = operand_at(job, step, y, x) + o;
+        a = operand_at(job, step, y, x, &next) + o;
         break;
     default:
         break;

@@ -242,11 +242,40 @@ def test_the_untouched_file_loads(harness: Callable[..., list[str]], tmp_path: P
     assert harness([abste_format.write(small())], tmp_path)[1] == "run 0"
 
 
+@pytest.mark.parametrize("change", ["", "operand", "place", "reader", "bits"])
+def test_only_what_is_read_number_by_number_is_replaced(
+    change: str, harness: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """image -> a -> (b = pool(a) + image): b may lie where the image lay, as long as nobody else wants it."""
+    values = [Value((4, 4, 8)), Value((4, 4, 8)), Value((4, 4, 8), output=True), Value((4, 4, 8), Kind.BITS)]
+    nodes = [
+        Node(Op.MAX_POOL, (0,), 1, kernel=(3, 3), padding=(1,) * 4),
+        Node(Op.MAX_POOL, (1,), 2, 3, kernel=(3, 3), padding=(1,) * 4, steps=[Step(StepKind.ADD_VALUE, value=0)]),
+    ]
+    graph = plan(Graph(values, nodes))
+    places = [value.offset for value in graph.values]
+    assert places[2] == places[0] != places[1]
+    wanted = 0
+    if change:
+        wanted = STATUS["OVERLAP"]
+        if change == "operand":  # the pool reads it at other places
+            graph.nodes[1].inputs = (0,)
+        elif change == "place":
+            graph.values[2].offset = 64
+            graph.values[1].offset = 1024
+            graph.arena_bytes = 2048
+        elif change == "reader":
+            graph.values[0].output = True
+        elif change == "bits":
+            graph.values[3].offset = graph.values[0].offset
+    assert statuses(harness([abste_format.write(graph)], tmp_path)) == [wanted]
+
+
 @pytest.mark.parametrize(
     ("values", "node", "message"),
     [
         (
-            [(4096, 4096, 16), (4096, 4096, 16)],
+            [(4096, 4096, 32), (4096, 4096, 32)],
             Node(Op.IDENTITY, (0,), 1),
             "2,147,483,648 bytes of working memory, more than 1,073,741,824",
         ),

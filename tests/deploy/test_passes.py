@@ -330,9 +330,15 @@ def test_no_two_values_that_live_share_memory(loose_graph: Build, random_graph: 
 
         write(range(graph.input_count))
         for node in graph.nodes:
-            write(node.written())  # before what it reads is done with
-            for index in (*node.read(), *node.written()):
+            for index in node.read():
                 assert {owner[block] for block in blocks(index)} == {index}
+            replaced = [i for i in graph.in_place(node) if graph.values[i].offset == graph.values[node.out].offset]
+            write(node.written())  # before what it reads is done with
+            for index in node.written():
+                assert {owner[block] for block in blocks(index)} == {index}
+            for index in node.read():
+                if index not in replaced:
+                    assert {owner[block] for block in blocks(index)} == {index}
         for index in graph.outputs():
             assert {owner[block] for block in blocks(index)} == {index}
         assert graph.arena_bytes % 64 == 0
@@ -341,7 +347,23 @@ def test_no_two_values_that_live_share_memory(loose_graph: Build, random_graph: 
 
 def test_memory_is_used_again() -> None:
     nodes = [Node(Op.IDENTITY, (i,), i + 1, steps=[Step(StepKind.RELU)]) for i in range(6)]
+    assert plan(small(nodes, "fffffff", (6,))).arena_bytes == 64, "in place"
+    nodes = [Node(Op.MAX_POOL, (i,), i + 1) for i in range(6)]
     assert plan(small(nodes, "fffffff", (6,))).arena_bytes == 2 * 64
+
+
+def test_a_residual_stream_stays_where_it_is() -> None:
+    """Each block adds to what it keeps reading: one buffer for the stream and one for what is between."""
+    nodes = []
+    for i in range(0, 6, 2):
+        nodes += [
+            Node(Op.MAX_POOL, (i,), i + 1),
+            Node(Op.MAX_POOL, (i + 1,), i + 2, steps=[Step(StepKind.ADD_VALUE, value=i)]),
+        ]
+    graph = plan(small(nodes, "fffffff", (6,)))
+    assert {graph.values[i].offset for i in (0, 2, 4, 6)} == {0} and graph.arena_bytes == 2 * 64
+    nodes[1].steps = [Step(StepKind.ADD_VALUE, value=1)]  # reads it at other places, too
+    assert plan(small(nodes[:2], "fff", (2,))).values[2].offset != plan(small(nodes[:2], "fff", (2,))).values[1].offset
 
 
 def test_values_are_numbered_as_they_are_written() -> None:

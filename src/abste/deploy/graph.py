@@ -191,6 +191,17 @@ class Graph:
         """Indexes of the outputs."""
         return [index for index, value in enumerate(self.values) if value.output]
 
+    def in_place(self, node: Node) -> list[int]:
+        """The values that ``out`` of a node could take the place of, were it the last to read them (docs/format.md)."""
+        if node.out is None:
+            return []
+        size = self.values[node.out].shape
+        operands = [step.value for step in node.steps if step.value is not None]
+        if node.op is Op.IDENTITY:
+            operands += node.inputs
+        taken = [] if node.op is Op.IDENTITY else node.inputs
+        return [i for i in dict.fromkeys(operands) if i not in taken and self.values[i].shape == size]
+
     def lives(self) -> list[tuple[int, int]]:
         """For each value the first and the last node during which it must stand; -1 is before the first node."""
         births = [-1] * len(self.values)

@@ -36,20 +36,28 @@ def ordered(graph: Graph) -> Graph:
 def plan(graph: Graph) -> Graph:
     """The graph, ordered, with a place for each value: no two that live at the same time overlap.
 
-    Largest first, each at the lowest place that is free while it lives.
+    A node works in place where it may. Then, largest first, each place is the lowest that is free while it is lived in.
     """
     graph = ordered(graph)
     lives = graph.lives()
+    places = [[index] for index in range(len(graph.values))]  # values that take each other's place, in turn
+    for number, node in enumerate(graph.nodes):
+        before = next((i for i in graph.in_place(node) if lives[i][1] == number), None)
+        if before is not None and node.out is not None:
+            places[before].append(node.out)
+            places[node.out] = places[before]
+    chains = {chain[0]: chain for chain in places}
     placed: list[tuple[int, int, int, int]] = []  # first node, last node, begin, end
     values = list(graph.values)
-    for index in sorted(range(len(values)), key=lambda i: (-values[i].nbytes, i)):
-        birth, death = lives[index]
-        size = -(-values[index].nbytes // ALIGNMENT) * ALIGNMENT
+    for first in sorted(chains, key=lambda i: (-values[i].nbytes, i)):
+        birth, death = lives[first][0], lives[chains[first][-1]][1]
+        size = -(-values[first].nbytes // ALIGNMENT) * ALIGNMENT
         at = 0
         for _, _, begin, end in sorted((p for p in placed if p[0] <= death and birth <= p[1]), key=lambda p: p[2]):
             if at + size <= begin:
                 break
             at = max(at, end)
-        values[index] = replace(values[index], offset=at)
+        for index in chains[first]:
+            values[index] = replace(values[index], offset=at)
         placed.append((birth, death, at, at + size))
     return replace(graph, values=values, arena_bytes=max((end for *_, end in placed), default=0))
