@@ -255,6 +255,8 @@ def _train(arguments: argparse.Namespace) -> int:
         if value is not None:
             overrides.append(f"train.{key}={value}")
     recipe = load_recipe(arguments.recipe, overrides)  # before torch is imported: a typo is answered at once
+    import torch.distributed as dist
+
     from abste.train import Interrupted, fit
 
     try:
@@ -274,6 +276,9 @@ def _train(arguments: argparse.Namespace) -> int:
         if _is_rank_zero():
             print(f"{stop}\nresume with: {_resume_command(arguments)}", flush=True)
         return 128 + stop.signum
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()  # its threads, met by the end of the process, may abort it
     if not _is_rank_zero():
         return 0
     if summary["finished"]:
