@@ -1,4 +1,4 @@
-"""What diagnostics add to a training step, at their default interval of 100 steps.
+"""What diagnostics add to a training step, at their default interval of 200 steps.
 
     python benchmarks/diagnostics.py [--modes eager compiled] [--batch-size 128] [--rounds 20] [--out FILE]
 
@@ -6,7 +6,7 @@ ResNet-20 with Bi-Real shortcuts, binary weights and activations (W1A1), AB-Tanh
 train_step.py. Three copies of the network take turns in one process, so that what else the machine does meets all of
 them: without diagnostics; with a measurement at every step, written as JSON and to TensorBoard; and with diagnostics
 that are never due. `measured` is what a measured step takes longer (median of the differences within a round, with
-quartiles); `share` is that spread over 100 steps, in steps, of which at most 0.03 is promised. `idle` is what a step
+quartiles); `share` is that spread over 200 steps, in steps, of which at most 0.03 is promised. `idle` is what a step
 between two measurements takes longer: nothing but noise is expected there.
 """
 
@@ -25,7 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from abste.diagnostics import Diagnostics
 
-EVERY, PROMISED = 100, 0.03
+EVERY, PROMISED = 200, 0.03
 NEVER = 2**40
 
 

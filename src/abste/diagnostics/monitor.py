@@ -104,7 +104,7 @@ class Diagnostics:
     Args:
         model: the model as the loop calls it: converted, compiled or not, in DistributedDataParallel or not.
         optimizer: of its latents, or a list of all its optimizers, in the order in which they step.
-        every: optimizer steps between records. Default 100: at most 3 % of the time, compiled or not.
+        every: optimizer steps between records. Default 200: at most 3 % of the time, compiled or not.
         sample: of activations, how many numbers of a tensor are measured, evenly spaced, for each call; None for all.
             Default 65,536, which gives moments to about a per cent. Weights are always measured whole.
         path: a file that every record is appended to as a line of JSON.
@@ -126,7 +126,7 @@ class Diagnostics:
         model: nn.Module,
         optimizer: Optimizer | Sequence[Optimizer],
         *,
-        every: int = 100,
+        every: int = 200,
         sample: int | None = 2**16,
         path: str | Path | None = None,
         writer: Any = None,

@@ -258,7 +258,7 @@ class DiagnosticsSection(Section):
     See ``abste.diagnostics.Diagnostics``. A float network has nothing to measure.
     """
 
-    every: Annotated[int, Field(gt=0)] = 100
+    every: Annotated[int, Field(gt=0)] = 200
     """Optimizer steps between measurements."""
     sample: Annotated[int, Field(gt=1)] = 65536
     """How many numbers of an activation tensor are measured; weights are measured whole."""
