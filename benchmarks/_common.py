@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import time
@@ -68,6 +69,34 @@ def training_step(
         schedule.step()
 
     return model, step
+
+
+def parse(description: str, rounds: int, warm_up: int = 3, batch_sizes: tuple[int, ...] = (128,)) -> argparse.Namespace:
+    """The options of a benchmark of training steps, checked; torch's threads are set.
+
+    Args:
+        description: the script's docstring.
+        rounds, warm_up, batch_sizes: the defaults.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    modes, sizes = ["eager", "compiled"], " ".join(map(str, batch_sizes))
+    parser.add_argument("--modes", nargs="+", choices=modes, default=modes, help="default: eager compiled")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=list(batch_sizes), help=f"default: {sizes}")
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"timed steps of each copy (default: {rounds})")
+    parser.add_argument("--warm-up", type=int, default=warm_up, help=f"untimed steps before (default: {warm_up})")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
+    parser.add_argument("--out", type=Path, help="also write the figures here, as JSON")
+    arguments = parser.parse_args()
+    if min(arguments.batch_sizes) < 2 or arguments.rounds < 2 or arguments.warm_up < 1 or arguments.threads < 1:
+        parser.error("--batch-sizes and --rounds must be at least 2, --warm-up and --threads at least 1")
+    torch.set_num_threads(arguments.threads)
+    return arguments
+
+
+def save_steps(arguments: argparse.Namespace, results: list[dict[str, object]]) -> None:
+    """Record the results of a benchmark of training steps where --out says, with how they came about."""
+    summary = {"rounds": arguments.rounds, "threads": arguments.threads, "precision": "bf16 autocast"}
+    save({**summary, **circumstances(), "results": results}, arguments.out)
 
 
 def by_turns(functions: dict[str, Callable[[], object]], rounds: int, warm_up: int) -> dict[str, list[float]]:

@@ -1,6 +1,6 @@
 """What diagnostics add to a training step, at their default interval of 200 steps.
 
-    python benchmarks/diagnostics.py [--modes eager compiled] [--batch-size 128] [--rounds 20] [--out FILE]
+    python benchmarks/diagnostics.py [--modes eager compiled] [--batch-sizes 128] [--rounds 20] [--out FILE]
 
 ResNet-20 with Bi-Real shortcuts, binary weights and activations (W1A1), AB-Tanh throughout; a step is that of
 train_step.py. Three copies of the network take turns in one process, so that what else the machine does meets all of
@@ -12,14 +12,13 @@ between two measurements takes longer: nothing but noise is expected there.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from _common import by_turns, circumstances, save, training_step
+from _common import by_turns, parse, save_steps, training_step
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -53,57 +52,38 @@ def measure(batch_size: int, compiled: bool, rounds: int, warm_up: int, folder: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    modes = ["eager", "compiled"]
-    parser.add_argument("--modes", nargs="+", choices=modes, default=modes, help="default: eager compiled")
-    parser.add_argument("--batch-size", type=int, default=128, help="default: 128")
-    parser.add_argument("--rounds", type=int, default=20, help="timed steps of each copy (default: 20)")
-    parser.add_argument("--warm-up", type=int, default=3, help="untimed steps before (default: 3)")
-    parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
-    parser.add_argument("--out", type=Path, help="also write the figures here, as JSON")
-    arguments = parser.parse_args()
-    if arguments.batch_size < 2 or arguments.rounds < 2 or arguments.warm_up < 1 or arguments.threads < 1:
-        parser.error("--batch-size and --rounds must be at least 2, --warm-up and --threads at least 1")
-    torch.set_num_threads(arguments.threads)
-
+    arguments = parse(__doc__, rounds=20)
     results: list[dict[str, object]] = []
     print(f"{'mode':10}{'step ms':>9}{'measured ms':>13}  {'quartiles':18}{'share':>8}{'idle ms':>9}")
     for mode in arguments.modes:
-        with tempfile.TemporaryDirectory() as folder:
-            times = measure(arguments.batch_size, mode == "compiled", arguments.rounds, arguments.warm_up, Path(folder))
-        step = statistics.median(times["without"])
-        extra = [a - b for a, b in zip(times["measured"], times["without"], strict=True)]
-        idle = statistics.median(a - b for a, b in zip(times["idle"], times["without"], strict=True))
-        low, middle, high = statistics.quantiles(extra, n=4)
-        share = middle / EVERY / step
-        over = f"  over {PROMISED:.2f}" if share > PROMISED else ""
-        print(
-            f"{mode:10}{step:9.1f}{middle:13.1f}  {f'{low:.1f} to {high:.1f}':18}{share:8.4f}{idle:9.2f}{over}",
-            flush=True,
-        )
-        results.append(
-            {
-                "network": "W1A1",
-                "mode": mode,
-                "batch_size": arguments.batch_size,
-                "step_ms": round(step, 2),
-                "measured_ms": round(middle, 2),
-                "quartiles": [round(low, 2), round(high, 2)],
-                "every": EVERY,
-                "share": round(share, 5),
-                "promised": PROMISED,
-                "idle_ms": round(idle, 2),
-            }
-        )
-    if arguments.out:
-        summary = {
-            "rounds": arguments.rounds,
-            "threads": arguments.threads,
-            "precision": "bf16 autocast",
-            **circumstances(),
-            "results": results,
-        }
-        save(summary, arguments.out)
+        for batch_size in arguments.batch_sizes:
+            with tempfile.TemporaryDirectory() as folder:
+                times = measure(batch_size, mode == "compiled", arguments.rounds, arguments.warm_up, Path(folder))
+            step = statistics.median(times["without"])
+            extra = [a - b for a, b in zip(times["measured"], times["without"], strict=True)]
+            idle = statistics.median(a - b for a, b in zip(times["idle"], times["without"], strict=True))
+            low, middle, high = statistics.quantiles(extra, n=4)
+            share = middle / EVERY / step
+            over = f"  over {PROMISED:.2f}" if share > PROMISED else ""
+            print(
+                f"{mode:10}{step:9.1f}{middle:13.1f}  {f'{low:.1f} to {high:.1f}':18}{share:8.4f}{idle:9.2f}{over}",
+                flush=True,
+            )
+            results.append(
+                {
+                    "network": "W1A1",
+                    "mode": mode,
+                    "batch_size": batch_size,
+                    "step_ms": round(step, 2),
+                    "measured_ms": round(middle, 2),
+                    "quartiles": [round(low, 2), round(high, 2)],
+                    "every": EVERY,
+                    "share": round(share, 5),
+                    "promised": PROMISED,
+                    "idle_ms": round(idle, 2),
+                }
+            )
+    save_steps(arguments, results)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a training step of a binary network costs, in steps of the same network in full precision.
 
-    python benchmarks/train_step.py [--modes eager compiled] [--batch-sizes 128 256] [--steps 30] [--out FILE]
+    python benchmarks/train_step.py [--modes eager compiled] [--batch-sizes 128 256] [--rounds 30] [--out FILE]
 
 ResNet-20 with binary weights (W1A32) and ResNet-20 with Bi-Real shortcuts, binary weights and activations (W1A1),
 AB-Tanh throughout, each beside its float twin: forward, backward, optimizer and schedule in bf16 autocast and
@@ -11,12 +11,10 @@ quartiles. Promised are at most 1.10 for W1A32 and 1.35 for W1A1.
 
 from __future__ import annotations
 
-import argparse
 import statistics
-from pathlib import Path
 
 import torch
-from _common import NETWORKS, by_turns, circumstances, save, training_step, twin
+from _common import NETWORKS, by_turns, parse, save_steps, training_step, twin
 
 PROMISED = {"W1A32": 1.10, "W1A1": 1.35}
 
@@ -29,24 +27,12 @@ def measure(batch_size: int, compiled: bool, steps: int, warm_up: int) -> dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    modes = ["eager", "compiled"]
-    parser.add_argument("--modes", nargs="+", choices=modes, default=modes, help="default: eager compiled")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[128, 256], help="default: 128 256")
-    parser.add_argument("--steps", type=int, default=30, help="timed steps of each network (default: 30)")
-    parser.add_argument("--warm-up", type=int, default=4, help="untimed steps before (default: 4)")
-    parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
-    parser.add_argument("--out", type=Path, help="also write the figures here, as JSON")
-    arguments = parser.parse_args()
-    if min(arguments.batch_sizes) < 2 or arguments.steps < 2 or arguments.warm_up < 1 or arguments.threads < 1:
-        parser.error("--batch-sizes and --steps must be at least 2, --warm-up and --threads at least 1")
-    torch.set_num_threads(arguments.threads)
-
+    arguments = parse(__doc__, rounds=30, warm_up=4, batch_sizes=(128, 256))
     results: list[dict[str, object]] = []
     print(f"{'':8}{'mode':10}{'batch':>6}{'float ms':>10}{'ms':>8}{'ratio':>7}  quartiles")
     for mode in arguments.modes:
         for batch_size in arguments.batch_sizes:
-            milliseconds = measure(batch_size, mode == "compiled", arguments.steps, arguments.warm_up)
+            milliseconds = measure(batch_size, mode == "compiled", arguments.rounds, arguments.warm_up)
             for name, promised in PROMISED.items():
                 ratios = [a / b for a, b in zip(milliseconds[name], milliseconds[twin(name)], strict=True)]
                 low, ratio, high = statistics.quantiles(ratios, n=4)
@@ -69,15 +55,7 @@ def main() -> None:
                         "promised": promised,
                     }
                 )
-    if arguments.out:
-        summary = {
-            "steps": arguments.steps,
-            "threads": arguments.threads,
-            "precision": "bf16 autocast",
-            **circumstances(),
-            "results": results,
-        }
-        save(summary, arguments.out)
+    save_steps(arguments, results)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,6 @@ KERNEL(4)
 void abste_conv_avx512(const abste_job *job, uint32_t y, uint32_t o, uint32_t n) {
     const abste_node_record *node = job->node;
     const uint32_t kw = node->kernel[1];
-    const int64_t reach = (int64_t)(kw - 1) * node->dilation[1];
     place at = {.job = job, .y = y, .o = o};
     at.is = taps_inside((int64_t)y * node->stride[0] - node->padding[0], node->kernel[0], node->dilation[0], job->H);
     for (uint32_t v = 0; v < 4; ++v)
@@ -61,12 +60,7 @@ void abste_conv_avx512(const abste_job *job, uint32_t y, uint32_t o, uint32_t n)
     for (uint32_t x = 0; x < job->w;) {
         const int64_t column = (int64_t)x * node->stride[1] - node->padding[1];
         at.js = taps_inside(column, kw, node->dilation[1], job->W);
-        uint32_t alike = 1; /* pixels that have all taps inside */
-        if (at.js.first == 0 && at.js.last == kw) {
-            alike = (uint32_t)((job->W - 1 - reach - column) / node->stride[1]) + 1;
-            alike = alike < job->w - x ? alike : job->w - x;
-        }
-        for (const uint32_t end = x + alike; x < end;) {
+        for (const uint32_t end = x + pixels_alike(job, column, at.js, job->w - x); x < end;) {
             const uint32_t pixels = end - x >= 4 ? 4 : end - x >= 2 ? 2 : 1;
             at.x = x;
             (pixels == 4 ? sum_4 : pixels == 2 ? sum_2 : sum_1)(&at, sums);

@@ -126,11 +126,7 @@ void abste_sign_conv_avx512(const abste_job *job, uint32_t y, uint32_t o, uint32
                             const int64_t start = column + (int64_t)p * stride;
                             const abste_range js = taps_inside(start, kw, dilation, job->W);
                             const uint32_t taps = js.last - js.first;
-                            uint32_t alike = 1;
-                            if (taps == kw) {
-                                alike = (uint32_t)(((int64_t)job->W - 1 - reach - start) / stride) + 1;
-                                alike = alike < pixels - p ? alike : pixels - p;
-                            }
+                            uint32_t alike = pixels_alike(job, start, js, pixels - p);
                             const tables *under = &in[p * stride + js.first * dilation];
                             abste_sums *to = &sums[b * pixels + p];
                             const uint32_t *signs = weight + (size_t)js.first * BLOCK, groups = (count + 3) / 4;

@@ -104,7 +104,6 @@ void abste_xnor_avx512(const abste_job *job, uint32_t y, uint32_t o, uint32_t n)
     const uint32_t kh = node->kernel[0], kw = node->kernel[1], words = job->words;
     const uint32_t *weights = (const uint32_t *)job->packed + (size_t)o * kh * kw * words;
     const int64_t row = (int64_t)y * node->stride[0] - node->padding[0];
-    const int64_t reach = (int64_t)(kw - 1) * node->dilation[1];
     const abste_range is = taps_inside(row, kh, node->dilation[0], job->H);
     const size_t step = (size_t)node->stride[1] * words;
     _Alignas(64) abste_sums sums[MOST_PIXELS];
@@ -115,12 +114,7 @@ void abste_xnor_avx512(const abste_job *job, uint32_t y, uint32_t o, uint32_t n)
     for (uint32_t x = 0; x < job->w;) {
         const int64_t column = (int64_t)x * node->stride[1] - node->padding[1];
         const abste_range js = taps_inside(column, kw, node->dilation[1], job->W);
-        /* As many pixels as have the same taps inside. */
-        uint32_t pixels = 1;
-        if (js.first == 0 && js.last == kw) {
-            const uint32_t alike = (uint32_t)((job->W - 1 - reach - column) / node->stride[1]) + 1;
-            pixels = alike < job->w - x ? alike : job->w - x;
-        }
+        const uint32_t pixels = pixels_alike(job, column, js, job->w - x);
         if (node->pad_value && (is.first || is.last < kh || js.first || js.last < kw)) {
             for (uint32_t p = 0; p < pixels; ++p) { /* taps outside count here */
                 job->kernel(job, y, x + p, o, n, sums);

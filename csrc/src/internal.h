@@ -210,4 +210,15 @@ static inline abste_range taps_inside(int64_t start, uint32_t count, uint32_t di
     return range;
 }
 
+/* How many pixels in a row, at most `most`, have the same taps inside as the first, whose tap 0 lies at `column` and whose taps `js`
+ * are inside: all that have every tap inside, or the first alone. */
+static inline uint32_t pixels_alike(const abste_job *job, int64_t column, abste_range js, uint32_t most) {
+    const abste_node_record *node = job->node;
+    if (js.first != 0 || js.last != node->kernel[1])
+        return 1;
+    const int64_t reach = (int64_t)(node->kernel[1] - 1) * node->dilation[1];
+    const uint32_t alike = (uint32_t)(((int64_t)job->W - 1 - reach - column) / node->stride[1]) + 1;
+    return alike < most ? alike : most;
+}
+
 #endif

@@ -42,7 +42,7 @@ class BinaryActivation(nn.Module):
     The slope is taken at x divided by a running root mean square of this layer's inputs, so that k and t of an
     estimator mean the same everywhere: dL/dx = dL/dsign(x) F'(x / rms) / rms. The RMS is a detached statistic: a plain
     average of the first training batches that turns into an exponential one. It changes neither sign(x) nor what is
-    deployed.
+    deployed; a binarizer whose forward is not sign(x), such as ``biper``, sees x / rms there too.
 
     Shape: any, unchanged. The input is floating-point; the output is ±1 in the same dtype.
 
