@@ -99,6 +99,16 @@ void abste_xnor_pack_avx512(const abste_model *model, const abste_node_record *n
                 }
 }
 
+/* Steps cost less for several pixels at a time: sums wait for company, until there are so many or the row ends. */
+#define WAITING (4 * MOST_PIXELS)
+static uint32_t sent(const abste_job *job, uint32_t y, uint32_t x, uint32_t waiting, uint32_t enough, uint32_t o, uint32_t n,
+                     abste_sums *sums) {
+    if (waiting < enough)
+        return waiting;
+    job->finish(job, y, x - waiting, waiting, o, n, sums);
+    return 0;
+}
+
 void abste_xnor_avx512(const abste_job *job, uint32_t y, uint32_t o, uint32_t n) {
     const abste_node_record *node = job->node;
     const uint32_t kh = node->kernel[0], kw = node->kernel[1], words = job->words;
@@ -106,8 +116,9 @@ void abste_xnor_avx512(const abste_job *job, uint32_t y, uint32_t o, uint32_t n)
     const int64_t row = (int64_t)y * node->stride[0] - node->padding[0];
     const abste_range is = taps_inside(row, kh, node->dilation[0], job->H);
     const size_t step = (size_t)node->stride[1] * words;
-    _Alignas(64) abste_sums sums[MOST_PIXELS];
-    destination to = {.sums = sums, .words = words_of(job->c)};
+    _Alignas(64) abste_sums sums[WAITING];
+    uint32_t waiting = 0; /* sums of the pixels before x, which have not been through the steps */
+    destination to = {.words = words_of(job->c)};
     const int32_t *pairs = NULL;
     if (node->step_count && step_at(job->model, node->first_step)->kind == STEP_THRESHOLD && !job->arguments->trace_count)
         pairs = (const int32_t *)blob_data(job->model, step_at(job->model, node->first_step)->a) + 2 * (size_t)o;
@@ -116,11 +127,10 @@ void abste_xnor_avx512(const abste_job *job, uint32_t y, uint32_t o, uint32_t n)
         const abste_range js = taps_inside(column, kw, node->dilation[1], job->W);
         const uint32_t pixels = pixels_alike(job, column, js, job->w - x);
         if (node->pad_value && (is.first || is.last < kh || js.first || js.last < kw)) {
-            for (uint32_t p = 0; p < pixels; ++p) { /* taps outside count here */
-                job->kernel(job, y, x + p, o, n, sums);
-                job->finish(job, y, x + p, 1, o, n, sums);
+            for (uint32_t p = 0; p < pixels; ++p, ++x) { /* taps outside count here */
+                job->kernel(job, y, x, o, n, &sums[waiting]);
+                waiting = sent(job, y, x + 1, waiting + 1, pairs ? 1 : WAITING, o, n, sums);
             }
-            x += pixels;
             continue;
         }
         run_of_taps runs[MOST_RUNS];
@@ -136,7 +146,8 @@ void abste_xnor_avx512(const abste_job *job, uint32_t y, uint32_t o, uint32_t n)
             }
         const int32_t taps = (int32_t)((is.last - is.first) * (js.last - js.first) * job->C);
         for (const uint32_t end = x + pixels; x < end;) {
-            const uint32_t some = end - x < MOST_PIXELS ? end - x : MOST_PIXELS;
+            const uint32_t most = MOST_PIXELS - waiting % MOST_PIXELS, some = end - x < most ? end - x : most;
+            to.sums = sums + waiting;
             for (uint32_t first = 0; first < n; first += 32) {
                 to.first = first;
                 if (pairs) {
@@ -146,12 +157,13 @@ void abste_xnor_avx512(const abste_job *job, uint32_t y, uint32_t o, uint32_t n)
                 }
                 COUNTERS[some](runs, count, step, taps, &to);
             }
-            if (!pairs)
-                job->finish(job, y, x, some, o, n, sums);
             for (uint32_t r = 0; r < count; ++r)
                 runs[r].in += some * step;
             x += some;
+            if (!pairs)
+                waiting = sent(job, y, x, waiting + some, WAITING, o, n, sums);
         }
     }
+    sent(job, y, job->w, waiting, 1, o, n, sums);
 }
 #endif

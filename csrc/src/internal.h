@@ -131,7 +131,7 @@ struct abste_job {
     const void *packed; /* the weight in the order of a variant, or NULL */
     abste_kernel kernel;
     abste_row_kernel row; /* instead of kernel, if not NULL */
-    int whole;            /* it takes all channels at once */
+    uint32_t block;       /* channels that row or kernel takes at once: BLOCK, or a multiple of it, or all */
     void (*finish)(const abste_job *job, uint32_t y, uint32_t x, uint32_t pixels, uint32_t o, uint32_t n, abste_sums *sums);
     uint32_t number;        /* of the node */
     float *out;
@@ -157,7 +157,7 @@ typedef struct {
     /* Whether rows[op] serves a node although it has no weight of that order. */
     int (*in_place)(const abste_node_record *node);
     abste_row_kernel rows[OP_COUNT];
-    uint8_t whole[OP_COUNT]; /* rows[op] takes all channels at once, not BLOCK at a time */
+    uint8_t whole[OP_COUNT]; /* rows[op] wants many channels at once, not BLOCK: it prepares something for them from its inputs */
     /* Sends the sums of neighbouring pixels, sums[0], sums[1]..., through the steps of the node, and stores what it writes.
      * Never called with traces. */
     void (*finish)(const abste_job *job, uint32_t y, uint32_t x, uint32_t pixels, uint32_t o, uint32_t n, abste_sums *sums);

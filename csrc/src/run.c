@@ -186,27 +186,29 @@ void abste_finish_scalar(const abste_job *job, uint32_t y, uint32_t x, uint32_t 
         finish_pixel(job, y, x + p, o, n, &sums[p]);
 }
 
-/* Channels outermost: the weights of a block stay in the cache while all pixels pass by. */
-static void rows(void *argument, uint32_t begin, uint32_t end) {
+/* What may be done by different threads: a row of a block of channels. Channels outermost: the weights of a block stay in the cache
+ * while all rows pass by. */
+static void units(void *argument, uint32_t begin, uint32_t end) {
     const abste_job *job = argument;
     _Alignas(64) abste_sums sums;
-    const uint32_t block = job->whole ? job->c : BLOCK;
-    for (uint32_t o = 0; o < job->c; o += block) {
-        const uint32_t n = job->c - o < block ? job->c - o : block;
-        for (uint32_t y = begin; y < end; ++y) {
-            if (job->row) {
-                job->row(job, y, o, n);
-                continue;
-            }
-            for (uint32_t x = 0; x < job->w; ++x) {
-                job->kernel(job, y, x, o, n, &sums);
-                job->finish(job, y, x, 1, o, n, &sums);
-            }
+    for (uint32_t unit = begin; unit < end; ++unit) {
+        const uint32_t o = unit / job->h * job->block, y = unit % job->h;
+        const uint32_t n = job->c - o < job->block ? job->c - o : job->block;
+        if (job->row) {
+            job->row(job, y, o, n);
+            continue;
+        }
+        for (uint32_t x = 0; x < job->w; ++x) {
+            job->kernel(job, y, x, o, n, &sums);
+            job->finish(job, y, x, 1, o, n, &sums);
         }
     }
 }
 
-/* One thread computes a block of channels where there are no rows to share, as in a linear layer: that is left to one thread. */
+/* Kernels that take all channels of a row at once prepare something from its inputs. A linear layer has one row: there, several
+ * threads prepare the same, so that each has channels of its own. */
+#define PARTS_OF_A_ROW 4u
+
 static void run_node(const abste_model *model, const abste_run_arguments *arguments, uint32_t i, const uint8_t *packed) {
     const abste_node_record *node = node_at(model, i);
     const abste_value_record *in = value_at(model, node->in0), *out = written_by(model, node);
@@ -217,12 +219,14 @@ static void run_node(const abste_model *model, const abste_run_arguments *argume
     job.in = (const float *)(const void *)(arena + in->offset);
     job.bits = (const uint32_t *)(const void *)(arena + in->offset);
     job.words = words_of(in->c);
+    job.block = BLOCK;
     job.kernel = KERNELS[node->op];
     job.finish = variant && !arguments->trace_count ? variant->finish : abste_finish_scalar;
     if (packed || (variant && variant->in_place(node))) {
         job.packed = packed;
         job.row = variant->rows[node->op];
-        job.whole = variant->whole[node->op];
+        if (variant->whole[node->op])
+            job.block = job.c;
     }
     if (node->op == OP_CONCAT) {
         job.in1 = floats(&job, node->in1);
@@ -236,10 +240,14 @@ static void run_node(const abste_model *model, const abste_run_arguments *argume
         job.out = (float *)(void *)(arena + value_at(model, node->out)->offset);
     if (node->bits != ABSTE_NONE)
         job.out_bits = (uint32_t *)(void *)(arena + value_at(model, node->bits)->offset);
-    if (arguments->parallel_for)
-        arguments->parallel_for(arguments->pool, out->h, rows, &job);
-    else
-        rows(&job, 0, out->h);
+    /* No overflow: a value of 2^32 bytes at most has fewer blocks of channels. */
+    if (!arguments->parallel_for) {
+        units(&job, 0, job.h * ((job.c + job.block - 1) / job.block));
+        return;
+    }
+    if (job.h == 1 && job.block > BLOCK)
+        job.block = ((job.c + BLOCK - 1) / BLOCK + PARTS_OF_A_ROW - 1) / PARTS_OF_A_ROW * BLOCK;
+    arguments->parallel_for(arguments->pool, job.h * ((job.c + job.block - 1) / job.block), units, &job);
 }
 
 /* Between an image of the caller and a value in the arena, which is NHWC. */
