@@ -7,7 +7,7 @@
 #ifdef ABSTE_X86
 #include <immintrin.h>
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vpopcntdq,bmi2")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vpopcntdq,avx512vnni,bmi2")))
 
 size_t abste_xnor_bytes_avx512(const abste_model *model, const abste_node_record *node);
 void abste_xnor_pack_avx512(const abste_model *model, const abste_node_record *node, void *memory);
@@ -16,6 +16,11 @@ void abste_conv_avx512(const abste_job *job, uint32_t y, uint32_t o, uint32_t n)
 size_t abste_sign_conv_bytes_avx512(const abste_model *model, const abste_node_record *node);
 void abste_sign_conv_pack_avx512(const abste_model *model, const abste_node_record *node, void *memory);
 void abste_sign_conv_avx512(const abste_job *job, uint32_t y, uint32_t o, uint32_t n);
+size_t abste_int8_bytes_avx512(const abste_model *model, const abste_node_record *node);
+void abste_int8_pack_avx512(const abste_job *job, void *memory);
+void abste_int8_most_avx512(const abste_job *job, uint32_t y);
+void abste_int8_row_avx512(const abste_job *job, uint32_t y);
+void abste_int8_avx512(const abste_job *job, uint32_t y, uint32_t o, uint32_t n);
 
 /* Pairs of a threshold and its direction, taken apart. */
 TARGET static inline void thresholds(const int32_t *pairs, __mmask16 some, __m512i *t, __m512i *d) {

@@ -4,7 +4,7 @@
 
 #include <string.h>
 
-static float from_half(uint16_t half) {
+float abste_from_half(uint16_t half) {
     const uint32_t sign = (uint32_t)(half & 0x8000) << 16, exponent = half >> 10 & 31, fraction = half & 1023;
     uint32_t pattern;
     float number;
@@ -39,7 +39,7 @@ void abste_conv_scalar(const abste_job *job, uint32_t y, uint32_t x, uint32_t o,
                 if (job->half) {
                     const uint16_t *weight = (const uint16_t *)job->weight + at;
                     for (uint32_t m = 0; m < n; ++m)
-                        f[m] += in[(o + m) / outputs * per_group + k] * from_half(weight[m]);
+                        f[m] += in[(o + m) / outputs * per_group + k] * abste_from_half(weight[m]);
                 } else if (groups == 1) {
                     const float *weight = (const float *)job->weight + at;
                     const float number = in[k];

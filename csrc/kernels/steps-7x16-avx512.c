@@ -156,5 +156,7 @@ const abste_variant abste_variant_avx512 = {.packed_bytes = packed_bytes,
                                                      [OP_SIGN_CONV] = abste_sign_conv_avx512,
                                                      [OP_XNOR] = abste_xnor_avx512},
                                             .whole = {[OP_SIGN_CONV] = 1},
+                                            .int8 = {abste_int8_bytes_avx512, abste_int8_pack_avx512, abste_int8_most_avx512,
+                                                     abste_int8_row_avx512, abste_int8_avx512},
                                             .finish = finish};
 #endif

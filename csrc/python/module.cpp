@@ -192,13 +192,13 @@ class Model {
     }
 
     // Memory that pack wants for the kernels of an instruction set of this machine.
-    size_t packed_bytes(const std::string &name) const { return abste_packed_bytes(&model_, isa(name)); }
+    size_t packed_bytes(const std::string &name, uint32_t int8) const { return abste_packed_bytes(&model_, isa(name), int8); }
 
     // Once, before anything runs.
-    void pack(const std::string &name) {
-        const size_t bytes = packed_bytes(name);
+    void pack(const std::string &name, uint32_t int8) {
+        const size_t bytes = packed_bytes(name, int8);
         packed_ = allocate(bytes);
-        if (abste_pack(&model_, isa(name), packed_.get(), bytes) != ABSTE_OK)
+        if (abste_pack(&model_, isa(name), int8, packed_.get(), bytes) != ABSTE_OK)
             throw nb::value_error("the weights could not be packed");
     }
 
@@ -218,7 +218,7 @@ class Model {
         return list;
     }
 
-    // (name, operation, shape of what it writes, names of its steps, bits of a weight, weights, macs, work)
+    // (name, operation, shape of what it writes, names of its steps, bits of a weight, weights, macs, work, bits of an input)
     nb::list nodes() const {
         nb::list list;
         for (uint32_t i = 0; i < abste_node_count(&model_); ++i) {
@@ -228,7 +228,7 @@ class Model {
             for (uint32_t step = 0; step < info.step_count; ++step)
                 steps.append(text(abste_step_name(&model_, i, step)));
             list.append(nb::make_tuple(text(info.name), nb::str(info.operation), value(info.out), nb::tuple(steps),
-                                       info.weight_bits, info.weight_count, info.macs, info.work));
+                                       info.weight_bits, info.weight_count, info.macs, info.work, info.input_bits));
         }
         return list;
     }
@@ -385,10 +385,13 @@ NB_MODULE(_native, module) {
                 names.append(abste_isa_name(static_cast<abste_isa>(i)));
         return names;
     });
+    module.attr("INT8_BINARY") = ABSTE_INT8_BINARY;
+    module.attr("INT8_STEM") = ABSTE_INT8_STEM;
+    module.attr("INT8_FLOAT") = ABSTE_INT8_FLOAT;
     nb::class_<Model>(module, "Model")
         .def(nb::init<Bytes>())
-        .def("packed_bytes", &Model::packed_bytes, nb::arg("isa"))
-        .def("pack", &Model::pack, nb::arg("isa"))
+        .def("packed_bytes", &Model::packed_bytes, nb::arg("isa"), nb::arg("int8"))
+        .def("pack", &Model::pack, nb::arg("isa"), nb::arg("int8"))
         .def_prop_ro("arena_bytes", &Model::arena_bytes)
         .def_prop_ro("inputs", &Model::inputs)
         .def_prop_ro("outputs", &Model::outputs)

@@ -133,6 +133,11 @@ struct abste_job {
     abste_row_kernel row; /* instead of kernel, if not NULL */
     uint32_t block;       /* channels that row or kernel takes at once: BLOCK, or a multiple of it, or all */
     void (*finish)(const abste_job *job, uint32_t y, uint32_t x, uint32_t pixels, uint32_t o, uint32_t n, abste_sums *sums);
+    /* Of a node whose inputs are integers of eight bits: them, bytes of a row of them, what one of them is worth, what inputs are
+     * multiplied with, and the largest of each row of inputs. */
+    uint8_t *eight;
+    size_t eight_row;
+    float eight_scale, eight_times, *row_most;
     uint32_t number;        /* of the node */
     float *out;
     uint32_t *out_bits;
@@ -158,10 +163,37 @@ typedef struct {
     int (*in_place)(const abste_node_record *node);
     abste_row_kernel rows[OP_COUNT];
     uint8_t whole[OP_COUNT]; /* rows[op] wants many channels at once, not BLOCK: it prepares something for them from its inputs */
+    /* Convolutions with inputs of eight bits, where there is such a kernel: as above, and what turns a row of inputs into them. */
+    struct {
+        size_t (*packed_bytes)(const abste_model *model, const abste_node_record *node);
+        void (*pack)(const abste_job *job, void *memory);
+        void (*most)(const abste_job *job, uint32_t y);
+        void (*inputs)(const abste_job *job, uint32_t y);
+        abste_row_kernel row;
+    } int8;
     /* Sends the sums of neighbouring pixels, sums[0], sums[1]..., through the steps of the node, and stores what it writes.
      * Never called with traces. */
     void (*finish)(const abste_job *job, uint32_t y, uint32_t x, uint32_t pixels, uint32_t o, uint32_t n, abste_sums *sums);
 } abste_variant;
+
+/* Whether a node's inputs become integers of eight bits, if `which` are to; and the memory for them. */
+int abste_int8(const abste_model *model, uint32_t which, const abste_node_record *node);
+uint64_t abste_int8_scratch(const abste_model *model, const abste_node_record *node);
+/* What kernels share: a float weight of any type, the scale of an output channel's, and a float as an integer. */
+float abste_int8_weight(const abste_job *job, size_t at);
+float abste_int8_scale(const abste_job *job, uint32_t o, float *times);
+int8_t abste_int8_of(float number, float times);
+float abste_from_half(uint16_t half);
+size_t abste_int8_bytes_scalar(const abste_model *model, const abste_node_record *node);
+void abste_int8_pack_scalar(const abste_job *job, void *memory);
+void abste_int8_most_scalar(const abste_job *job, uint32_t y);
+void abste_int8_row_scalar(const abste_job *job, uint32_t y);
+void abste_int8_scalar(const abste_job *, uint32_t, uint32_t, uint32_t, uint32_t, abste_sums *);
+
+/* Bytes of a node's weight in the order of the model's kernels, a multiple of 64. */
+size_t abste_node_packed_bytes(const abste_model *model, const abste_variant *variant, uint32_t int8, const abste_node_record *node);
+/* The sizes and the weight of a node. */
+abste_job abste_job_of(const abste_model *model, const abste_node_record *node);
 
 #ifdef ABSTE_X86
 extern const abste_variant abste_variant_avx512;

@@ -15,7 +15,7 @@ static int has_avx512(void) {
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d))
         return 0;
     const unsigned needed = bit_BMI2 | bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
-    return (b & needed) == needed && (c & bit_AVX512VPOPCNTDQ);
+    return (b & needed) == needed && (c & bit_AVX512VPOPCNTDQ) && (c & bit_AVX512VNNI);
 }
 #endif
 
@@ -52,27 +52,46 @@ const char *abste_isa_name(abste_isa isa) {
     return (unsigned)isa < ABSTE_ISA_COUNT ? names[isa] : NULL;
 }
 
-size_t abste_packed_bytes(const abste_model *model, abste_isa isa) {
+size_t abste_node_packed_bytes(const abste_model *model, const abste_variant *variant, uint32_t int8, const abste_node_record *node) {
+    size_t bytes = 0;
+    if (abste_int8(model, int8, node))
+        bytes = (variant && variant->int8.row ? variant->int8.packed_bytes : abste_int8_bytes_scalar)(model, node);
+    else if (variant)
+        bytes = variant->packed_bytes(model, node);
+    return (bytes + 63) / 64 * 64;
+}
+
+size_t abste_packed_bytes(const abste_model *model, abste_isa isa, uint32_t int8) {
     const abste_variant *variant = abste_isa_name(isa) ? VARIANTS[isa] : NULL;
     size_t bytes = 0;
-    for (uint32_t i = 0; variant && i < model->node_count; ++i)
-        bytes += variant->packed_bytes(model, node_at(model, i));
+    for (uint32_t i = 0; i < model->node_count; ++i)
+        bytes += abste_node_packed_bytes(model, variant, int8, node_at(model, i));
     return bytes;
 }
 
-abste_status abste_pack(abste_model *model, abste_isa isa, void *memory, size_t bytes) {
-    const size_t needed = abste_packed_bytes(model, isa);
+abste_status abste_pack(abste_model *model, abste_isa isa, uint32_t int8, void *memory, size_t bytes) {
+    const size_t needed = abste_packed_bytes(model, isa, int8);
     if (!abste_has(isa) || bytes < needed || (needed && (!memory || (uintptr_t)memory % 64)))
         return ABSTE_ERROR_ARGUMENT;
     const abste_variant *variant = VARIANTS[isa];
     uint8_t *at = memory;
-    for (uint32_t i = 0; variant && i < model->node_count; ++i) {
-        const size_t size = variant->packed_bytes(model, node_at(model, i));
-        if (size)
-            variant->pack(model, node_at(model, i), at);
+    model->scratch = 0;
+    for (uint32_t i = 0; i < model->node_count; ++i) {
+        const abste_node_record *node = node_at(model, i);
+        const size_t size = abste_node_packed_bytes(model, variant, int8, node);
+        if (abste_int8(model, int8, node)) {
+            const uint32_t scratch = (uint32_t)abste_int8_scratch(model, node);
+            model->scratch = scratch > model->scratch ? scratch : model->scratch;
+            const abste_job job = abste_job_of(model, node);
+            if (size)
+                (variant && variant->int8.row ? variant->int8.pack : abste_int8_pack_scalar)(&job, at);
+        } else if (size) {
+            variant->pack(model, node, at);
+        }
         at += size;
     }
     model->packed = needed ? memory : NULL;
     model->variant = variant;
+    model->int8 = int8;
     return ABSTE_OK;
 }

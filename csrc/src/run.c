@@ -209,45 +209,86 @@ static void units(void *argument, uint32_t begin, uint32_t end) {
  * threads prepare the same, so that each has channels of its own. */
 #define PARTS_OF_A_ROW 4u
 
-static void run_node(const abste_model *model, const abste_run_arguments *arguments, uint32_t i, const uint8_t *packed) {
-    const abste_node_record *node = node_at(model, i);
+static void share(const abste_run_arguments *arguments, uint32_t count, abste_task task, abste_job *job) {
+    if (arguments->parallel_for)
+        arguments->parallel_for(arguments->pool, count, task, job);
+    else
+        task(job, 0, count);
+}
+
+static void find_most(void *argument, uint32_t begin, uint32_t end) {
+    const abste_job *job = argument;
+    const abste_variant *variant = job->model->variant;
+    for (uint32_t y = begin; y < end; ++y)
+        (variant && variant->int8.row ? variant->int8.most : abste_int8_most_scalar)(job, y);
+}
+
+static void make_inputs(void *argument, uint32_t begin, uint32_t end) {
+    const abste_job *job = argument;
+    const abste_variant *variant = job->model->variant;
+    for (uint32_t y = begin; y < end; ++y)
+        (variant && variant->int8.row ? variant->int8.inputs : abste_int8_row_scalar)(job, y);
+}
+
+/* The inputs as integers, behind the values in the arena. */
+static void prepare_int8(abste_job *job) {
+    const abste_variant *variant = job->model->variant;
+    const abste_node_record *node = job->node;
+    job->eight = (uint8_t *)job->arguments->arena + job->model->arena_bytes;
+    job->eight_row = ((size_t)node->padding[1] + job->W + node->padding[3]) * job->C;
+    job->row_most = (float *)(void *)(job->eight + (job->eight_row * job->H + 64 + 63) / 64 * 64);
+    share(job->arguments, job->H, find_most, job);
+    float most = 0;
+    for (uint32_t y = 0; y < job->H; ++y)
+        most = job->row_most[y] > most ? job->row_most[y] : most;
+    job->eight_scale = most / 127.0f;
+    job->eight_times = 127.0f / most;
+    share(job->arguments, job->H, make_inputs, job);
+    job->kernel = abste_int8_scalar;
+    job->row = variant ? variant->int8.row : NULL;
+}
+
+abste_job abste_job_of(const abste_model *model, const abste_node_record *node) {
     const abste_value_record *in = value_at(model, node->in0), *out = written_by(model, node);
-    const abste_variant *variant = model->variant;
-    uint8_t *arena = arguments->arena;
-    abste_job job = {.model = model, .arguments = arguments, .node = node, .number = i};
+    abste_job job = {.model = model, .node = node, .kernel = KERNELS[node->op], .block = BLOCK};
     job.H = in->h, job.W = in->w, job.C = in->c, job.h = out->h, job.w = out->w, job.c = out->c;
-    job.in = (const float *)(const void *)(arena + in->offset);
-    job.bits = (const uint32_t *)(const void *)(arena + in->offset);
     job.words = words_of(in->c);
-    job.block = BLOCK;
-    job.kernel = KERNELS[node->op];
-    job.finish = variant && !arguments->trace_count ? variant->finish : abste_finish_scalar;
-    if (packed || (variant && variant->in_place(node))) {
-        job.packed = packed;
-        job.row = variant->rows[node->op];
-        if (variant->whole[node->op])
-            job.block = job.c;
-    }
-    if (node->op == OP_CONCAT) {
-        job.in1 = floats(&job, node->in1);
-        job.in1_c = value_at(model, node->in1)->c;
-    }
     if (node->weight != ABSTE_NONE) {
         job.weight = blob_data(model, node->weight);
         job.half = blob_at(model, node->weight)->type == BLOB_F16;
+    }
+    return job;
+}
+
+static void run_node(const abste_model *model, const abste_run_arguments *arguments, uint32_t i, const uint8_t *packed) {
+    const abste_node_record *node = node_at(model, i);
+    const abste_variant *variant = model->variant;
+    uint8_t *arena = arguments->arena;
+    const uint8_t *in = arena + value_at(model, node->in0)->offset;
+    abste_job job = abste_job_of(model, node);
+    job.arguments = arguments, job.number = i, job.packed = packed;
+    job.in = (const float *)(const void *)in;
+    job.bits = (const uint32_t *)(const void *)in;
+    job.finish = variant && !arguments->trace_count ? variant->finish : abste_finish_scalar;
+    if (node->op == OP_CONCAT) {
+        job.in1 = floats(&job, node->in1);
+        job.in1_c = value_at(model, node->in1)->c;
     }
     if (node->out != ABSTE_NONE)
         job.out = (float *)(void *)(arena + value_at(model, node->out)->offset);
     if (node->bits != ABSTE_NONE)
         job.out_bits = (uint32_t *)(void *)(arena + value_at(model, node->bits)->offset);
-    /* No overflow: a value of 2^32 bytes at most has fewer blocks of channels. */
-    if (!arguments->parallel_for) {
-        units(&job, 0, job.h * ((job.c + job.block - 1) / job.block));
-        return;
+    if (abste_int8(model, model->int8, node)) {
+        prepare_int8(&job);
+    } else if (variant && (packed || variant->in_place(node))) {
+        job.row = variant->rows[node->op];
+        if (variant->whole[node->op])
+            job.block = job.c;
     }
-    if (job.h == 1 && job.block > BLOCK)
+    if (arguments->parallel_for && job.h == 1 && job.block > BLOCK)
         job.block = ((job.c + BLOCK - 1) / BLOCK + PARTS_OF_A_ROW - 1) / PARTS_OF_A_ROW * BLOCK;
-    arguments->parallel_for(arguments->pool, job.h * ((job.c + job.block - 1) / job.block), units, &job);
+    /* No overflow: a value of 2^32 bytes at most has fewer blocks of channels. */
+    share(arguments, job.h * ((job.c + job.block - 1) / job.block), units, &job);
 }
 
 /* Between an image of the caller and a value in the arena, which is NHWC. */
@@ -269,9 +310,10 @@ static void copy(const abste_value_record *value, abste_layout layout, const flo
 abste_status abste_run(const abste_model *model, const abste_run_arguments *arguments) {
     if (!model || !arguments || !arguments->inputs || !arguments->outputs || (arguments->trace_count && !arguments->traces))
         return ABSTE_ERROR_ARGUMENT;
-    if (model->arena_bytes && (!arguments->arena || (uintptr_t)arguments->arena % 64))
+    const size_t arena_bytes = abste_arena_bytes(model);
+    if (arena_bytes && (!arguments->arena || (uintptr_t)arguments->arena % 64))
         return ABSTE_ERROR_ARGUMENT;
-    if (arguments->arena_bytes < model->arena_bytes)
+    if (arguments->arena_bytes < arena_bytes)
         return ABSTE_ERROR_ARENA;
     for (uint32_t k = 0; k < arguments->trace_count; ++k) {
         const abste_trace *wanted = &arguments->traces[k];
@@ -289,7 +331,7 @@ abste_status abste_run(const abste_model *model, const abste_run_arguments *argu
     const abste_variant *variant = model->variant;
     size_t at = 0;
     for (uint32_t i = 0; i < model->node_count; ++i) {
-        const size_t bytes = variant && model->packed ? variant->packed_bytes(model, node_at(model, i)) : 0;
+        const size_t bytes = model->packed ? abste_node_packed_bytes(model, variant, model->int8, node_at(model, i)) : 0;
         run_node(model, arguments, i, bytes ? model->packed + at : NULL);
         at += bytes;
     }

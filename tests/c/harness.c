@@ -47,26 +47,45 @@ static uint64_t work(const abste_model *model) {
 
 static int same(float a, float b) { return memcmp(&a, &b, sizeof a) == 0 || (a != a && b != b); }
 
-/* Runs once more with the kernels of an instruction set, and compares. Their memory is of just the size they ask for. */
-static void run_with(abste_isa isa, abste_model model, abste_run_arguments arguments, float *const *wanted) {
-    const uint32_t outs = abste_output_count(&model);
-    const size_t bytes = abste_packed_bytes(&model, isa);
+/* Runs with the kernels of an instruction set, with memory of just the size they ask for; says whether all went well. */
+static int run_with(abste_isa isa, uint32_t int8, abste_model model, abste_run_arguments arguments, float **outputs) {
+    const size_t bytes = abste_packed_bytes(&model, isa, int8);
     void *packed = aligned_alloc(64, bytes ? bytes : 64);
-    float **outputs = calloc(outs, sizeof *outputs);
-    int equal = bytes == 0 || abste_pack(&model, isa, packed, bytes - 1) == ABSTE_ERROR_ARGUMENT;
-    equal = equal && abste_pack(&model, isa, packed, bytes) == ABSTE_OK;
-    for (uint32_t i = 0; i < outs; ++i)
-        outputs[i] = malloc(numbers(&model, abste_output(&model, i)) * sizeof(float));
+    int well = bytes == 0 || abste_pack(&model, isa, int8, packed, bytes - 1) == ABSTE_ERROR_ARGUMENT;
+    well = well && abste_pack(&model, isa, int8, packed, bytes) == ABSTE_OK;
+    const size_t arena_bytes = abste_arena_bytes(&model);
+    arguments.arena = aligned_alloc(64, arena_bytes ? arena_bytes : 64);
+    arguments.arena_bytes = arena_bytes;
     arguments.outputs = outputs;
-    equal = equal && abste_run(&model, &arguments) == ABSTE_OK;
-    for (uint32_t i = 0; i < outs && equal; ++i)
-        for (size_t k = 0, count = numbers(&model, abste_output(&model, i)); k < count; ++k)
-            equal = equal && same(outputs[i][k], wanted[i][k]);
-    printf("%s %s\n", abste_isa_name(isa), equal ? "same" : "DIFFERENT");
-    for (uint32_t i = 0; i < outs; ++i)
+    well = well && abste_run(&model, &arguments) == ABSTE_OK;
+    free(arguments.arena);
+    free(packed);
+    return well;
+}
+
+/* Every instruction set against the scalar code, whose outputs are `wanted`. */
+static void compare(uint32_t int8, const abste_model *model, abste_run_arguments arguments, float *const *wanted) {
+    const uint32_t outs = abste_output_count(model);
+    float **outputs = calloc(2 * outs, sizeof *outputs);
+    for (uint32_t i = 0; i < 2 * outs; ++i)
+        outputs[i] = malloc(numbers(model, abste_output(model, i % outs)) * sizeof(float));
+    if (int8) {
+        if (!run_with(ABSTE_SCALAR, int8, *model, arguments, outputs + outs))
+            printf("scalar int8 FAILED\n");
+        wanted = outputs + outs;
+    }
+    for (int isa = 0; abste_isa_name((abste_isa)isa); ++isa) {
+        if (!abste_has((abste_isa)isa))
+            continue;
+        int equal = run_with((abste_isa)isa, int8, *model, arguments, outputs);
+        for (uint32_t i = 0; i < outs && equal; ++i)
+            for (size_t k = 0, count = numbers(model, abste_output(model, i)); k < count; ++k)
+                equal = equal && same(outputs[i][k], wanted[i][k]);
+        printf("%s%s %s\n", abste_isa_name((abste_isa)isa), int8 ? " int8" : "", equal ? "same" : "DIFFERENT");
+    }
+    for (uint32_t i = 0; i < 2 * outs; ++i)
         free(outputs[i]);
     free(outputs);
-    free(packed);
 }
 
 static void run(const abste_model *model) {
@@ -95,9 +114,8 @@ static void run(const abste_model *model) {
             printf("%08x%c", word, k + 1 < count ? ' ' : '\n');
         }
     arguments.arena = arena;
-    for (int isa = 0; abste_isa_name((abste_isa)isa); ++isa)
-        if (abste_has((abste_isa)isa))
-            run_with((abste_isa)isa, *model, arguments, buffers + ins);
+    compare(0, model, arguments, buffers + ins);
+    compare(ABSTE_INT8_BINARY | ABSTE_INT8_STEM | ABSTE_INT8_FLOAT, model, arguments, buffers + ins);
     for (uint32_t i = 0; i < ins + outs; ++i)
         free(buffers[i]);
     free(buffers);

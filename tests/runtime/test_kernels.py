@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from abste.deploy import format as abste_format
 from abste.deploy.graph import Graph, Kind, Node, Op, Step, StepKind, Value
 from abste.deploy.plan import plan
+from abste.errors import ConfigError
 from abste.runtime.network import Network, isas
+from abste.runtime.reference import run
 
 FASTER = [isa for isa in isas() if isa != "scalar"]
 
@@ -89,14 +91,66 @@ def convolutions(draw: st.DrawFn, op: Op) -> tuple[Graph, Any]:
     return plan(Graph(values, nodes)), image
 
 
+def outputs(graph: Graph, image: Any, isa: str, int8: Any = None, threads: int = 1) -> tuple[Any, ...]:
+    network = Network(np.frombuffer(abste_format.write(graph), np.uint8), "a test", isa, int8)
+    found = network(image, layout="nhwc", threads=threads)
+    return found if isinstance(found, tuple) else (found,)
+
+
+def assert_same(wanted: tuple[Any, ...], found: tuple[Any, ...]) -> None:
+    for a, b in zip(wanted, found, strict=True):
+        same = (a.view(np.uint32) == b.view(np.uint32)) | (np.isnan(a) & np.isnan(b))
+        assert same.all(), f"{(~same).sum()} of {same.size} numbers differ"
+
+
 @pytest.mark.parametrize("isa", FASTER)
 @pytest.mark.parametrize("op", [Op.XNOR, Op.SIGN_CONV, Op.CONV])
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_convolutions_give_the_bits_of_the_scalar_code(isa: str, op: Op, data: st.DataObject) -> None:
     graph, image = data.draw(convolutions(op))
-    file = np.frombuffer(abste_format.write(graph), np.uint8)
-    wanted, found = (Network(file, "a test", name)(image, layout="nhwc", threads=1) for name in ("scalar", isa))
-    for a, b in zip(*((each if isinstance(each, tuple) else (each,)) for each in (wanted, found)), strict=True):
-        same = (a.view(np.uint32) == b.view(np.uint32)) | (np.isnan(a) & np.isnan(b))
-        assert same.all(), f"{(~same).sum()} of {same.size} numbers differ"
+    threads = data.draw(st.sampled_from([1, 2]))
+    assert_same(outputs(graph, image, "scalar"), outputs(graph, image, isa, threads=threads))
+
+
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("op", [Op.SIGN_CONV, Op.CONV])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_eight_bits_give_the_bits_of_the_interpreter(isa: str, op: Op, data: st.DataObject) -> None:
+    graph, image = data.draw(convolutions(op))
+    if data.draw(st.booleans()):
+        times = np.float32(data.draw(st.sampled_from([1.0, 0.0, 1e-42, 1e30, np.inf])))
+        with np.errstate(all="ignore"):
+            image = np.nan_to_num(image) * times
+    values = run(graph, [image], "all").values
+    wanted = tuple(np.asarray(values[index], np.float32) for index in graph.outputs())
+    assert_same(wanted, outputs(graph, image, isa, "all"))
+
+
+def test_eight_bits_are_near_and_where_they_were_asked_for() -> None:
+    rng = np.random.default_rng(1)
+    values = [Value((9, 8, 3), name="image")]
+    values += [Value((9, 8, 32)) for _ in range(3)] + [Value((9, 8, 32), Kind.BITS), Value((9, 8, 32), output=True)]
+    weight = rng.normal(size=(3, 3, 3, 32)).astype(np.float32)
+    pointwise = rng.normal(size=(1, 1, 32, 32)).astype(np.float32)
+    signs = rng.random((32, 3, 3, 32)) < 0.5
+    nodes = [
+        Node(Op.CONV, (0,), 1, None, "stem", weight, (3, 3), padding=(1,) * 4),
+        Node(Op.SIGN_CONV, (1,), 2, None, "binary", signs, (3, 3), padding=(1,) * 4),
+        Node(Op.CONV, (2,), 3, 4, "pointwise", pointwise),
+        Node(Op.XNOR, (4,), 5, None, "bits", signs, (3, 3), padding=(1,) * 4),
+    ]
+    values[3].output = True
+    file = np.frombuffer(abste_format.write(plan(Graph(values, nodes))), np.uint8)
+    image = rng.normal(size=(2, 9, 8, 3)).astype(np.float32)
+    exact = Network(file, "a test")(image, layout="nhwc")[0]
+    eight = {None: (), "stem": (0,), "float": (0, 2), "binary": (1,), "all": (0, 1, 2)}
+    for int8, numbers in eight.items():
+        network = Network(file, "a test", int8=int8)
+        assert [node.input_bits for node in network.nodes] == [8 if i in numbers else 32 for i in range(3)] + [1]
+        assert network.int8 == int8
+        off = np.abs(network(image, layout="nhwc")[0] - exact).max() / np.abs(exact).max()
+        assert off == 0 if int8 is None else 0 < off < 0.03
+    with pytest.raises(ConfigError, match=r"int8='steem'; .*'stem'"):
+        Network(file, "a test", int8="steem")  # type: ignore[arg-type]
