@@ -5,20 +5,19 @@
 #include "steps.h"
 
 static size_t packed_bytes(const abste_model *model, const abste_node_record *node) {
-    (void)model, (void)node;
-    return 0;
+    return node->op == OP_XNOR ? abste_xnor_bytes_avx2(model, node) : 0;
 }
 
 /* What reads the weight where it is. */
 static int in_place(const abste_node_record *node) { return node->op == OP_CONV && node->groups == 1; }
 
 static void pack(const abste_model *model, const abste_node_record *node, void *memory) {
-    (void)model, (void)node, (void)memory;
+    abste_xnor_pack_avx2(model, node, memory);
 }
 
 const abste_variant abste_variant_avx2 = {.packed_bytes = packed_bytes,
                                           .in_place = in_place,
                                           .pack = pack,
-                                          .rows = {[OP_CONV] = abste_conv_avx2},
+                                          .rows = {[OP_CONV] = abste_conv_avx2, [OP_XNOR] = abste_xnor_avx2},
                                           .finish = finish};
 #endif
