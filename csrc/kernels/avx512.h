@@ -12,6 +12,8 @@
 size_t abste_xnor_bytes_avx512(const abste_model *model, const abste_node_record *node);
 void abste_xnor_pack_avx512(const abste_model *model, const abste_node_record *node, void *memory);
 void abste_xnor_avx512(const abste_job *job, uint32_t y, uint32_t o, uint32_t n);
+size_t abste_conv_bytes_avx512(const abste_model *model, const abste_node_record *node);
+void abste_conv_pack_avx512(const abste_model *model, const abste_node_record *node, void *memory);
 void abste_conv_avx512(const abste_job *job, uint32_t y, uint32_t o, uint32_t n);
 size_t abste_sign_conv_bytes_avx512(const abste_model *model, const abste_node_record *node);
 void abste_sign_conv_pack_avx512(const abste_model *model, const abste_node_record *node, void *memory);
@@ -21,6 +23,14 @@ void abste_int8_pack_avx512(const abste_job *job, void *memory);
 void abste_int8_most_avx512(const abste_job *job, uint32_t y);
 void abste_int8_row_avx512(const abste_job *job, uint32_t y);
 void abste_int8_avx512(const abste_job *job, uint32_t y, uint32_t o, uint32_t n);
+
+/* A number that all lanes share, read from memory by the operation itself: that is free, while a broadcast to a register, which
+ * compilers make of it when it is used twice, takes the place of an addition. */
+TARGET static inline __m512 times_shared(__m512 lanes, const float *number) {
+    __m512 result;
+    __asm__("vmulps %2%{1to16%}, %1, %0" : "=v"(result) : "v"(lanes), "m"(*number));
+    return result;
+}
 
 /* Pairs of a threshold and its direction, taken apart. */
 TARGET static inline void thresholds(const int32_t *pairs, __mmask16 some, __m512i *t, __m512i *d) {

@@ -137,20 +137,19 @@ static void finish(const abste_job *job, uint32_t y, uint32_t x, uint32_t pixels
 }
 
 static size_t packed_bytes(const abste_model *model, const abste_node_record *node) {
-    return node->op == OP_XNOR        ? abste_xnor_bytes_avx512(model, node)
-           : node->op == OP_SIGN_CONV ? abste_sign_conv_bytes_avx512(model, node)
-                                      : 0;
+    return node->op == OP_XNOR                        ? abste_xnor_bytes_avx512(model, node)
+           : node->op == OP_SIGN_CONV                 ? abste_sign_conv_bytes_avx512(model, node)
+           : node->op == OP_CONV && node->groups == 1 ? abste_conv_bytes_avx512(model, node)
+                                                      : 0;
 }
 
-/* What reads the weight where it is. */
-static int in_place(const abste_node_record *node) { return node->op == OP_CONV && node->groups == 1; }
-
 static void pack(const abste_model *model, const abste_node_record *node, void *memory) {
-    (node->op == OP_XNOR ? abste_xnor_pack_avx512 : abste_sign_conv_pack_avx512)(model, node, memory);
+    (node->op == OP_XNOR        ? abste_xnor_pack_avx512
+     : node->op == OP_SIGN_CONV ? abste_sign_conv_pack_avx512
+                                : abste_conv_pack_avx512)(model, node, memory);
 }
 
 const abste_variant abste_variant_avx512 = {.packed_bytes = packed_bytes,
-                                            .in_place = in_place,
                                             .pack = pack,
                                             .rows = {[OP_CONV] = abste_conv_avx512,
                                                      [OP_SIGN_CONV] = abste_sign_conv_avx512,

@@ -159,7 +159,7 @@ typedef struct {
     /* Bytes of a node's weight in the order of this variant, a multiple of 64; 0 where the scalar kernel serves. */
     size_t (*packed_bytes)(const abste_model *model, const abste_node_record *node);
     void (*pack)(const abste_model *model, const abste_node_record *node, void *memory);
-    /* Whether rows[op] serves a node although it has no weight of that order. */
+    /* Whether rows[op] serves a node although it has no weight of that order; NULL: it never does. */
     int (*in_place)(const abste_node_record *node);
     abste_row_kernel rows[OP_COUNT];
     uint8_t whole[OP_COUNT]; /* rows[op] wants many channels at once, not BLOCK: it prepares something for them from its inputs */
@@ -180,7 +180,7 @@ typedef struct {
 int abste_int8(const abste_model *model, uint32_t which, const abste_node_record *node);
 uint64_t abste_int8_scratch(const abste_model *model, const abste_node_record *node);
 /* What kernels share: a float weight of any type, the scale of an output channel's, and a float as an integer. */
-float abste_int8_weight(const abste_job *job, size_t at);
+float abste_weight(const abste_job *job, size_t at);
 float abste_int8_scale(const abste_job *job, uint32_t o, float *times);
 int8_t abste_int8_of(float number, float times);
 float abste_from_half(uint16_t half);
