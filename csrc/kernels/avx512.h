@@ -8,6 +8,16 @@
 #include <immintrin.h>
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vpopcntdq,avx512vnni,bmi2")))
+#define LANES 16
+#define FROM_HALVES(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)(p)))
+#define LESS(a, b) _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ)
+#define AT_LEAST(a, b) _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ)
+#define AT_LEAST_INTEGER(a, b) _mm512_cmpge_epi32_mask((__m512i)(a), (__m512i)(b))
+#define SELECT(mask, a, b) _mm512_mask_blend_ps(mask, b, a)
+#define WHERE_NOT(mask, v) _mm512_mask_mov_ps(v, mask, _mm512_setzero_ps())
+#define SET_BITS(mask) (uint32_t)(mask)
+#define LOAD_FEW(p, some) _mm512_maskz_loadu_ps((__mmask16)((1u << (some)) - 1), p)
+#define STORE_FEW(p, v, some) _mm512_mask_storeu_ps(p, (__mmask16)((1u << (some)) - 1), v)
 
 size_t abste_xnor_bytes_avx512(const abste_model *model, const abste_node_record *node);
 void abste_xnor_pack_avx512(const abste_model *model, const abste_node_record *node, void *memory);

@@ -2,7 +2,7 @@
 #include "avx2.h"
 
 #ifdef ABSTE_X86
-#include "steps.h"
+#include "finish.h"
 
 static size_t packed_bytes(const abste_model *model, const abste_node_record *node) {
     (void)model, (void)node;

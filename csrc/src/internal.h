@@ -110,6 +110,16 @@ typedef union {
 
 typedef struct abste_job abste_job;
 
+/* A step whose operands have been looked up: numbers of channel 0, and of a value those of pixel 0, `next` before those of the next. */
+typedef struct {
+    uint32_t kind;
+    float p, q;
+    const float *a, *b;
+    size_t next;
+} abste_step;
+
+#define MOST_STEPS 16u /* nodes with more are left to the scalar code */
+
 /* The sums of channels [o, o + n) of the output pixel (y, x); n is at most BLOCK. */
 typedef void (*abste_kernel)(const abste_job *job, uint32_t y, uint32_t x, uint32_t o, uint32_t n, abste_sums *sums);
 
@@ -138,6 +148,7 @@ struct abste_job {
     uint8_t *eight;
     size_t eight_row;
     float eight_scale, eight_times, *row_most;
+    abste_step steps[MOST_STEPS];
     uint32_t number;        /* of the node */
     float *out;
     uint32_t *out_bits;
@@ -171,8 +182,8 @@ typedef struct {
         void (*inputs)(const abste_job *job, uint32_t y);
         abste_row_kernel row;
     } int8;
-    /* Sends the sums of neighbouring pixels, sums[0], sums[1]..., through the steps of the node, and stores what it writes.
-     * Never called with traces. */
+    /* Sends the sums of neighbouring pixels, sums[0], sums[1]..., through job->steps, and stores what it writes.
+     * Never called with traces, nor where there are more than MOST_STEPS. */
     void (*finish)(const abste_job *job, uint32_t y, uint32_t x, uint32_t pixels, uint32_t o, uint32_t n, abste_sums *sums);
 } abste_variant;
 
