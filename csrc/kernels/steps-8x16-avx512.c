@@ -3,6 +3,7 @@
 
 #ifdef ABSTE_X86
 #include "finish.h"
+#include "window.h"
 
 static size_t packed_bytes(const abste_model *model, const abste_node_record *node) {
     return node->op == OP_XNOR                        ? abste_xnor_bytes_avx512(model, node)
@@ -18,6 +19,7 @@ static void pack(const abste_model *model, const abste_node_record *node, void *
 }
 
 const abste_variant abste_variant_avx512 = {.packed_bytes = packed_bytes,
+                                            .in_place = window_kernel,
                                             .pack = pack,
                                             .rows = {[OP_CONV] = abste_conv_avx512,
                                                      [OP_SIGN_CONV] = abste_sign_conv_avx512,

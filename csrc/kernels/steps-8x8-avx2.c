@@ -3,14 +3,17 @@
 
 #ifdef ABSTE_X86
 #include "finish.h"
+#include "window.h"
 
 static size_t packed_bytes(const abste_model *model, const abste_node_record *node) {
     (void)model, (void)node;
     return 0;
 }
 
-/* What reads the weight where it is. */
-static int in_place(const abste_node_record *node) { return node->op == OP_CONV && node->groups == 1; }
+/* What reads the weight where it is, or has none. */
+static abste_row_kernel in_place(const abste_model *model, const abste_node_record *node) {
+    return node->op == OP_CONV && node->groups == 1 ? abste_conv_avx2 : window_kernel(model, node);
+}
 
 static void pack(const abste_model *model, const abste_node_record *node, void *memory) {
     (void)model, (void)node, (void)memory;
@@ -19,6 +22,5 @@ static void pack(const abste_model *model, const abste_node_record *node, void *
 const abste_variant abste_variant_avx2 = {.packed_bytes = packed_bytes,
                                           .in_place = in_place,
                                           .pack = pack,
-                                          .rows = {[OP_CONV] = abste_conv_avx2},
                                           .finish = finish};
 #endif

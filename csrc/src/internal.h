@@ -170,8 +170,8 @@ typedef struct {
     /* Bytes of a node's weight in the order of this variant, a multiple of 64; 0 where the scalar kernel serves. */
     size_t (*packed_bytes)(const abste_model *model, const abste_node_record *node);
     void (*pack)(const abste_model *model, const abste_node_record *node, void *memory);
-    /* Whether rows[op] serves a node although it has no weight of that order; NULL: it never does. */
-    int (*in_place)(const abste_node_record *node);
+    /* What serves a node that has no weight in an order of this variant, or NULL. */
+    abste_row_kernel (*in_place)(const abste_model *model, const abste_node_record *node);
     abste_row_kernel rows[OP_COUNT];
     uint8_t whole[OP_COUNT]; /* rows[op] wants many channels at once, not BLOCK: it prepares something for them from its inputs */
     /* Convolutions with inputs of eight bits, where there is such a kernel: as above, and what turns a row of inputs into them. */
@@ -253,6 +253,8 @@ static inline abste_range taps_inside(int64_t start, uint32_t count, uint32_t di
     }
     return range;
 }
+
+float abste_pool_divisor(const abste_job *job, int64_t row, int64_t column, abste_range i, abste_range j);
 
 /* How many pixels in a row, at most `most`, have the same taps inside as the first, whose tap 0 lies at `column` and whose taps `js`
  * are inside: all that have every tap inside, or the first alone. */

@@ -300,9 +300,9 @@ static void run_node(const abste_model *model, const abste_run_arguments *argume
         job.out_bits = (uint32_t *)(void *)(arena + value_at(model, node->bits)->offset);
     if (abste_int8(model, model->int8, node)) {
         prepare_int8(&job);
-    } else if (variant && (packed || (variant->in_place && variant->in_place(node)))) {
-        job.row = variant->rows[node->op];
-        if (variant->whole[node->op])
+    } else if (variant) {
+        job.row = packed ? variant->rows[node->op] : variant->in_place(model, node);
+        if (packed && variant->whole[node->op])
             job.block = job.c;
     }
     if (arguments->parallel_for && job.h == 1 && job.block > BLOCK)
