@@ -20,10 +20,12 @@ static int has_avx512(void) {
 #endif
 
 static const abste_variant *const VARIANTS[ABSTE_ISA_COUNT] = {
+    [ABSTE_SCALAR] = NULL,
+#ifdef ABSTE_ARM
+    [ABSTE_NEON] = &abste_variant_neon,
+#endif
 #ifdef ABSTE_X86
     [ABSTE_AVX512] = &abste_variant_avx512,
-#else
-    NULL
 #endif
 };
 
@@ -31,6 +33,10 @@ int abste_has(abste_isa isa) {
     switch (isa) {
     case ABSTE_SCALAR:
         return 1;
+#ifdef ABSTE_ARM
+    case ABSTE_NEON:
+        return 1;
+#endif
 #ifdef ABSTE_X86
     case ABSTE_AVX512:
         return has_avx512();
@@ -48,7 +54,7 @@ abste_isa abste_fastest(void) {
 }
 
 const char *abste_isa_name(abste_isa isa) {
-    static const char *const names[ABSTE_ISA_COUNT] = {"scalar", "avx512"};
+    static const char *const names[ABSTE_ISA_COUNT] = {"scalar", "neon", "avx512"};
     return (unsigned)isa < ABSTE_ISA_COUNT ? names[isa] : NULL;
 }
 
