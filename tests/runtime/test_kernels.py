@@ -241,9 +241,9 @@ def test_arm_gives_the_bits_of_this_machine(
     environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}  # which the emulator does not let it do
     done = subprocess.run([*arm_harness, *map(str, arguments)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    runs = done.stdout.split("status ")[1:]
-    for number, (run, lines) in enumerate(zip(runs, wanted, strict=True), 1):
-        found = run.splitlines()
+    answers = done.stdout.split("status ")[1:]
+    for number, (answer, lines) in enumerate(zip(answers, wanted, strict=True), 1):
+        found = answer.splitlines()
         assert found[1] == "run 0", found[0]
         assert found[4 : 4 + len(lines)] == lines, f"outputs of {number:05}.abste"
         kernels = ["scalar same", "neon same", "scalar int8 same", "neon int8 same"]
