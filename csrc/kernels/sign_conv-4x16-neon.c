@@ -116,10 +116,9 @@ KERNEL(2)
 KERNEL(4)
 
 void abste_sign_conv_neon(const abste_job *job, uint32_t y, uint32_t o, uint32_t n) {
-    (void)o, (void)n; /* all channels */
     const abste_node_record *node = job->node;
     const uint32_t kh = node->kernel[0], kw = node->kernel[1], words = words_of(job->C), stride = node->stride[1];
-    const uint32_t dilation = node->dilation[1], reach = reach_of(node), blocks = (job->c + BLOCK - 1) / BLOCK;
+    const uint32_t dilation = node->dilation[1], reach = reach_of(node), blocks = (o + n + BLOCK - 1) / BLOCK;
     const int64_t row = (int64_t)y * node->stride[0] - node->padding[0];
     const abste_range is = taps_inside(row, kh, node->dilation[0], job->H);
     _Alignas(64) tables in[MOST_COLUMNS];
@@ -128,7 +127,7 @@ void abste_sign_conv_neon(const abste_job *job, uint32_t y, uint32_t o, uint32_t
     uint32_t width = (MOST_COLUMNS - 1 - reach) / stride + 1; /* output pixels at a time */
     width = width < MOST_OUTPUTS ? width : MOST_OUTPUTS;
     width = width < job->w ? width : job->w;
-    for (uint32_t first = 0; first < blocks;) {
+    for (uint32_t first = o / BLOCK; first < blocks;) {
         uint32_t some = MOST_SUMS / width;
         some = some < blocks - first ? some : blocks - first;
         const uint32_t end = job->c - first * BLOCK < some * BLOCK ? job->c - first * BLOCK : some * BLOCK;

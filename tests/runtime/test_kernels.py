@@ -110,11 +110,11 @@ def assert_same(wanted: tuple[Any, ...], found: tuple[Any, ...]) -> None:
 
 def extreme() -> tuple[Graph, Any]:
     """Sums as far from 0 as they can be, on both sides: no counter of a kernel may overflow."""
-    values = [Value((3, 40, 300)), Value((3, 40, 300), Kind.BITS), Value((1, 38, 40), output=True)]
+    values = [Value((3, 9, 300)), Value((3, 9, 300), Kind.BITS), Value((1, 7, 40), output=True)]
     weight = np.ones((40, 3, 3, 300), bool)
     weight[::3] = False
     nodes = [Node(Op.IDENTITY, (0,), None, 1), Node(Op.XNOR, (1,), 2, None, "conv", weight, (3, 3))]
-    return plan(Graph(values, nodes)), np.full((1, 3, 40, 300), -1, np.float32)
+    return plan(Graph(values, nodes)), np.full((1, 3, 9, 300), -1, np.float32)
 
 
 @pytest.mark.parametrize("isa", FASTER)
@@ -227,7 +227,7 @@ def test_arm_gives_the_bits_of_this_machine(
     arguments = []
     for graph, image in cases:
         file = abste_format.write(graph)
-        if sum(node.macs for node in Network(np.frombuffer(file, np.uint8), "a test").nodes) > 5e6:
+        if sum(node.macs for node in Network(np.frombuffer(file, np.uint8), "a test").nodes) > 1e6:
             continue  # an emulator is slow
         lines = []
         for output in outputs(graph, image, "scalar"):
