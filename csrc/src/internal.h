@@ -199,6 +199,7 @@ size_t abste_node_packed_bytes(const abste_model *model, const abste_variant *va
 abste_job abste_job_of(const abste_model *model, const abste_node_record *node);
 
 #ifdef ABSTE_X86
+extern const abste_variant abste_variant_avx2;
 extern const abste_variant abste_variant_avx512;
 #endif
 #ifdef ABSTE_ARM

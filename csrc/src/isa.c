@@ -4,15 +4,24 @@
 #ifdef ABSTE_X86
 #include <cpuid.h>
 
-static int has_avx512(void) {
-    unsigned a, b, c, d;
-    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE))
+/* Whether the processor has what cpuid 1 tells in c, and the system saves these registers; cpuid 7 is left in b and c. */
+static int has(unsigned features, unsigned registers, unsigned *b, unsigned *c) {
+    unsigned a, d;
+    if (!__get_cpuid(1, &a, b, c, &d) || !(*c & bit_OSXSAVE) || (*c & features) != features)
         return 0;
     unsigned low, high;
     __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    if ((low & 0xE6) != 0xE6) /* the system saves the registers */
-        return 0;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d))
+    return (low & registers) == registers && __get_cpuid_count(7, 0, &a, b, c, &d);
+}
+
+static int has_avx2(void) {
+    unsigned b, c;
+    return has(bit_AVX | bit_F16C, 0x6, &b, &c) && (b & bit_AVX2);
+}
+
+static int has_avx512(void) {
+    unsigned b, c;
+    if (!has(bit_AVX, 0xE6, &b, &c))
         return 0;
     const unsigned needed = bit_BMI2 | bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
     return (b & needed) == needed && (c & bit_AVX512VPOPCNTDQ) && (c & bit_AVX512VNNI);
@@ -25,6 +34,7 @@ static const abste_variant *const VARIANTS[ABSTE_ISA_COUNT] = {
     [ABSTE_NEON] = &abste_variant_neon,
 #endif
 #ifdef ABSTE_X86
+    [ABSTE_AVX2] = &abste_variant_avx2,
     [ABSTE_AVX512] = &abste_variant_avx512,
 #endif
 };
@@ -38,6 +48,8 @@ int abste_has(abste_isa isa) {
         return 1;
 #endif
 #ifdef ABSTE_X86
+    case ABSTE_AVX2:
+        return has_avx2();
     case ABSTE_AVX512:
         return has_avx512();
 #endif
@@ -54,7 +66,7 @@ abste_isa abste_fastest(void) {
 }
 
 const char *abste_isa_name(abste_isa isa) {
-    static const char *const names[ABSTE_ISA_COUNT] = {"scalar", "neon", "avx512"};
+    static const char *const names[ABSTE_ISA_COUNT] = {"scalar", "neon", "avx2", "avx512"};
     return (unsigned)isa < ABSTE_ISA_COUNT ? names[isa] : NULL;
 }
 
