@@ -132,9 +132,11 @@ INLINE void finish_some(const piece *at, const int P) {
                 a = operand_at(job, step, at->y, at->x, &next) + o;
                 EACH(v[p] = v[p] * load_some(a + (size_t)p * next, some));
                 break;
-            case STEP_RELU:
-                EACH(v[p] = (lanes)((ilanes)v[p] & ~(v[p] < zero)));
+            case STEP_RELU: {
+                const lanes nothing = all_lanes(step->p); /* 0, as abste_load has seen, but not the compiler: see abste_apply_scalar */
+                EACH(v[p] = (lanes)((ilanes)v[p] & ~(v[p] < nothing)));
                 break;
+            }
             case STEP_CLAMP: {
                 const lanes low = all_lanes(step->p), high = all_lanes(step->q);
                 EACH(v[p] = clamped(v[p], low, high));

@@ -85,14 +85,12 @@ void abste_apply_scalar(const abste_job *job, const abste_step_record *step, uin
         for (uint32_t k = 0; k < n; ++k)
             v[k] += a[k];
         break;
-    case STEP_RELU:
-        for (uint32_t k = 0; k < n; ++k) { /* in integers: of v < 0 ? 0 : v, clang 14 makes a maximum on ARM, and 0 of -0 */
-            uint32_t pattern;
-            memcpy(&pattern, &v[k], sizeof pattern);
-            pattern = pattern > 0x80000000u && pattern <= 0xFF800000u ? 0 : pattern;
-            memcpy(&v[k], &pattern, sizeof pattern);
-        }
+    case STEP_RELU: {
+        const float zero = step->p; /* so that compilers do not know: of v < 0 ? 0 : v clang 14 makes a maximum on ARM, and of -0 0 */
+        for (uint32_t k = 0; k < n; ++k)
+            v[k] = v[k] < zero ? 0 : v[k];
         break;
+    }
     case STEP_PRELU:
         for (uint32_t k = 0; k < n; ++k)
             v[k] = v[k] < 0 ? v[k] * a[k] : v[k];

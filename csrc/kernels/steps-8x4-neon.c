@@ -1,7 +1,8 @@
-/* The table of the kernels for NEON. */
+/* Steps with NEON, and the table of its kernels. */
 #include "neon.h"
 
 #ifdef ABSTE_ARM
+#include "steps.h"
 
 static size_t packed_bytes(const abste_model *model, const abste_node_record *node) {
     return node->op == OP_XNOR        ? abste_xnor_bytes_neon(model, node)
@@ -9,10 +10,8 @@ static size_t packed_bytes(const abste_model *model, const abste_node_record *no
                                       : 0;
 }
 
-static int in_place(const abste_node_record *node) {
-    (void)node;
-    return 0;
-}
+/* What reads the weight where it is. */
+static int in_place(const abste_node_record *node) { return node->op == OP_CONV && node->groups == 1; }
 
 static void pack(const abste_model *model, const abste_node_record *node, void *memory) {
     (node->op == OP_XNOR ? abste_xnor_pack_neon : abste_sign_conv_pack_neon)(model, node, memory);
@@ -21,7 +20,9 @@ static void pack(const abste_model *model, const abste_node_record *node, void *
 const abste_variant abste_variant_neon = {.packed_bytes = packed_bytes,
                                           .in_place = in_place,
                                           .pack = pack,
-                                          .rows = {[OP_SIGN_CONV] = abste_sign_conv_neon, [OP_XNOR] = abste_xnor_neon},
+                                          .rows = {[OP_CONV] = abste_conv_neon,
+                                                   [OP_SIGN_CONV] = abste_sign_conv_neon,
+                                                   [OP_XNOR] = abste_xnor_neon},
                                           .whole = {[OP_SIGN_CONV] = 1},
-                                          .finish = abste_finish_scalar};
+                                          .finish = finish};
 #endif
