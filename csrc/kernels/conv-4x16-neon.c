@@ -1,4 +1,4 @@
-/* conv for NEON: four pixels by 16 output channels, or one by 64. */
+/* conv for NEON: four pixels by 16 output channels, or one by 32. */
 #include "neon.h"
 
 #ifdef ABSTE_ARM
