@@ -97,9 +97,11 @@ INLINE void step_lanes(const abste_job *job, uint32_t y, uint32_t x, uint32_t o,
         case STEP_MULTIPLY_VALUE:
             EACH(v[p] = v[p] * load_some(step->a + o + (pixel + (size_t)p) * step->next, some));
             break;
-        case STEP_RELU:
-            EACH(v[p] = WHERE_NOT(LESS(v[p], zero), v[p]));
+        case STEP_RELU: {
+            const lanes nothing = all_lanes(step->p); /* 0, as abste_load has seen, but not the compiler: see abste_apply_scalar */
+            EACH(v[p] = WHERE_NOT(LESS(v[p], nothing), v[p]));
             break;
+        }
         case STEP_CLAMP: {
             const lanes low = all_lanes(step->p), high = all_lanes(step->q);
             EACH(v[p] = clamped(v[p], low, high));

@@ -8,6 +8,9 @@
 #if !defined(ABSTE_SCALAR_ONLY) && (defined(__x86_64__) || defined(_M_X64)) && (defined(__GNUC__) || defined(__clang__))
 #define ABSTE_X86
 #endif
+#if !defined(ABSTE_SCALAR_ONLY) && defined(__aarch64__) && (defined(__GNUC__) || defined(__clang__))
+#define ABSTE_ARM
+#endif
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "abste reads little-endian files in place and does not run on big-endian machines"
@@ -209,6 +212,9 @@ abste_job abste_job_of(const abste_model *model, const abste_node_record *node);
 #ifdef ABSTE_X86
 extern const abste_variant abste_variant_avx2;
 extern const abste_variant abste_variant_avx512;
+#endif
+#ifdef ABSTE_ARM
+extern const abste_variant abste_variant_neon;
 #endif
 
 void abste_finish_scalar(const abste_job *job, uint32_t y, uint32_t x, uint32_t pixels, uint32_t o, uint32_t n, abste_sums *sums);

@@ -85,10 +85,12 @@ void abste_apply_scalar(const abste_job *job, const abste_step_record *step, uin
         for (uint32_t k = 0; k < n; ++k)
             v[k] += a[k];
         break;
-    case STEP_RELU:
+    case STEP_RELU: {
+        const float zero = step->p; /* so that compilers do not know: of v < 0 ? 0 : v clang 14 makes a maximum on ARM, and of -0 0 */
         for (uint32_t k = 0; k < n; ++k)
-            v[k] = v[k] < 0 ? 0 : v[k];
+            v[k] = v[k] < zero ? 0 : v[k];
         break;
+    }
     case STEP_PRELU:
         for (uint32_t k = 0; k < n; ++k)
             v[k] = v[k] < 0 ? v[k] * a[k] : v[k];
