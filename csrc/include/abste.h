@@ -81,6 +81,7 @@ ABSTE_API size_t abste_arena_bytes(const abste_model *model);
  * is found out when asked. */
 typedef enum {
     ABSTE_SCALAR = 0,
+    ABSTE_NEON,   /* 64-bit ARM: every such machine */
     ABSTE_AVX2,   /* with F16C: Intel from Haswell, AMD from Zen */
     ABSTE_AVX512, /* with VPOPCNTDQ and VNNI: Intel from Ice Lake, AMD from Zen 4 */
     ABSTE_ISA_COUNT
@@ -90,7 +91,7 @@ typedef enum {
 ABSTE_API int abste_has(abste_isa isa);
 /* The fastest that it has. */
 ABSTE_API abste_isa abste_fastest(void);
-/* "scalar", "avx2", "avx512"; NULL for a number that is none. */
+/* "scalar", "neon", "avx2", "avx512"; NULL for a number that is none. */
 ABSTE_API const char *abste_isa_name(abste_isa isa);
 
 /* Layers whose inputs, and float weights, may become integers of eight bits: faster, and no longer exact. The inputs of a layer share

@@ -1,6 +1,6 @@
 /* conv in registers of floats of any width (lanes.h): some pixels by some registers of output channels. A product is rounded before it
  * is added, as docs/format.md wants. The file that includes this has also defined TOTALS, how many sums stay in registers: 4, 2 or 1
- * pixels by so many registers that they make TOTALS, or all of a BLOCK. */
+ * pixels by so many registers that they make TOTALS, at most eight or all of a BLOCK. */
 #ifndef ABSTE_CONV_H
 #define ABSTE_CONV_H
 
@@ -49,7 +49,7 @@ INLINE void conv_some(const conv_place *at, uint32_t o, const int P, const int O
 
 /* Channels [o, o + n) of P pixels. Where the last register would reach beyond them, it begins earlier. */
 INLINE void conv_block(const conv_place *at, uint32_t o, uint32_t n, const int P, const int half, abste_sums *sums) {
-    const int O = TOTALS / P * LANES < (int)BLOCK ? TOTALS / P : (int)BLOCK / LANES;
+    const int most = BLOCK / LANES < 8 ? BLOCK / LANES : 8, O = TOTALS / P < most ? TOTALS / P : most; /* weights want registers too */
     uint32_t m = 0;
     for (; n - m >= (uint32_t)O * LANES; m += (uint32_t)O * LANES)
         conv_some(at, o + m, P, O, half, LANES, sums->f + m, BLOCK);

@@ -64,7 +64,7 @@ void abste_int8_pack_avx512(const abste_job *job, void *memory) {
                         const size_t tap = (size_t)i * kw + j;
                         int8_t weight;
                         if (node->op == OP_CONV)
-                            weight = abste_int8_of(abste_int8_weight(job, (tap * job->C + k) * job->c + o + m), times);
+                            weight = abste_int8_of(abste_weight(job, (tap * job->C + k) * job->c + o + m), times);
                         else
                             weight = bits_at(job->weight, ((uint64_t)(o + m) * kh * kw + tap) * job->C + k, 1) ? 1 : -1;
                         const size_t four = (size_t)run * it.fours + byte / 4, at = (four * OUTPUTS + m) * 4 + byte % 4;

@@ -30,7 +30,7 @@ uint64_t abste_int8_scratch(const abste_model *model, const abste_node_record *n
     return (row * in->h + 64 + 63) / 64 * 64 + ((uint64_t)in->h * sizeof(float) + 63) / 64 * 64;
 }
 
-float abste_int8_weight(const abste_job *job, size_t at) {
+float abste_weight(const abste_job *job, size_t at) {
     return job->half ? abste_from_half(((const uint16_t *)job->weight)[at]) : ((const float *)job->weight)[at];
 }
 
@@ -45,7 +45,7 @@ float abste_int8_scale(const abste_job *job, uint32_t o, float *times) {
     const size_t terms = (size_t)job->node->kernel[0] * job->node->kernel[1] * job->C;
     float most = 0;
     for (size_t k = 0; k < terms; ++k) {
-        const float weight = abste_int8_weight(job, k * job->c + o), size = weight < 0 ? -weight : weight;
+        const float weight = abste_weight(job, k * job->c + o), size = weight < 0 ? -weight : weight;
         most = size > most ? size : most;
     }
     *times = 127.0f / most;
@@ -101,7 +101,7 @@ void abste_int8_pack_scalar(const abste_job *job, void *memory) {
         float times;
         scales[o] = abste_int8_scale(job, o, &times);
         for (size_t k = 0; k < terms; ++k)
-            out[k * job->c + o] = abste_int8_of(abste_int8_weight(job, k * job->c + o), times);
+            out[k * job->c + o] = abste_int8_of(abste_weight(job, k * job->c + o), times);
     }
 }
 

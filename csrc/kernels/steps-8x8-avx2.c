@@ -2,7 +2,8 @@
 #include "avx2.h"
 
 #ifdef ABSTE_X86
-#include "steps.h"
+#include "finish.h"
+#include "window.h"
 
 static size_t packed_bytes(const abste_model *model, const abste_node_record *node) {
     return node->op == OP_XNOR        ? abste_xnor_bytes_avx2(model, node)
@@ -10,8 +11,10 @@ static size_t packed_bytes(const abste_model *model, const abste_node_record *no
                                       : 0;
 }
 
-/* What reads the weight where it is. */
-static int in_place(const abste_node_record *node) { return node->op == OP_CONV && node->groups == 1; }
+/* What reads the weight where it is, or has none. */
+static abste_row_kernel in_place(const abste_model *model, const abste_node_record *node) {
+    return node->op == OP_CONV && node->groups == 1 ? abste_conv_avx2 : window_kernel(model, node);
+}
 
 static void pack(const abste_model *model, const abste_node_record *node, void *memory) {
     (node->op == OP_XNOR ? abste_xnor_pack_avx2 : abste_sign_conv_pack_avx2)(model, node, memory);
@@ -20,9 +23,7 @@ static void pack(const abste_model *model, const abste_node_record *node, void *
 const abste_variant abste_variant_avx2 = {.packed_bytes = packed_bytes,
                                           .in_place = in_place,
                                           .pack = pack,
-                                          .rows = {[OP_CONV] = abste_conv_avx2,
-                                                   [OP_SIGN_CONV] = abste_sign_conv_avx2,
-                                                   [OP_XNOR] = abste_xnor_avx2},
+                                          .rows = {[OP_SIGN_CONV] = abste_sign_conv_avx2, [OP_XNOR] = abste_xnor_avx2},
                                           .whole = {[OP_SIGN_CONV] = 1},
                                           .finish = finish};
 #endif

@@ -157,5 +157,5 @@ void abste_xnor_pack_avx2(const abste_model *model, const abste_node_record *nod
     }
 }
 
-void abste_xnor_avx2(const abste_job *job, uint32_t y, uint32_t o, uint32_t n) { xnor_row(job, y, o, n, COUNTERS, 4, BLOCK); }
+void abste_xnor_avx2(const abste_job *job, uint32_t y, uint32_t o, uint32_t n) { xnor_row(job, y, o, n, COUNTERS, 4, BLOCK, 0); }
 #endif

@@ -1,8 +1,9 @@
 /* xnor for AVX-512 with VPOPCNTDQ: seven pixels by two registers of sixteen channels. */
 #include "avx512.h"
-#include "xnor.h"
 
 #ifdef ABSTE_X86
+#include "steps.h"
+#include "xnor.h"
 
 #define KERNEL(P)                                                                                                               \
     TARGET static void count_##P(const run_of_taps *runs, uint32_t count, size_t step, int32_t taps, const destination *to) {   \
@@ -34,6 +35,21 @@
                 const uint32_t low = _mm512_cmpge_epi32_mask(s0, t[0]), high = _mm512_cmpge_epi32_mask(s1, t[1]);               \
                 to->bits[p * to->words] = (low | high << 16) & to->some;                                                        \
             }                                                                                                                   \
+        } else if (to->job) {                                                                                                   \
+            uint32_t set[P] = {0};                                                                                              \
+            UNROLL for (int o = 0; o < 2; ++o) {                                                                                \
+                if (to->some >> 16 * o == 0)                                                                                    \
+                    break;                                                                                                      \
+                const uint32_t some = to->channels - 16 * o < 16 ? to->channels - 16 * o : 16;                                  \
+                lanes v[P];                                                                                                     \
+                UNROLL for (int p = 0; p < P; ++p) v[p] = _mm512_cvtepi32_ps(total[p][o]);                                      \
+                step_lanes(to->job, to->y, to->x, to->o + 16 * o, some, P, v);                                                  \
+                store_pixels(to->job, to->y, to->x, to->o + 16 * o, some, P, v);                                                \
+                UNROLL for (int p = 0; p < P; ++p)                                                                              \
+                    set[p] |= (uint32_t)_mm512_cmp_ps_mask(v[p], _mm512_setzero_ps(), _CMP_GE_OQ) << 16 * o;                    \
+            }                                                                                                                   \
+            if (to->bits)                                                                                                       \
+                UNROLL for (int p = 0; p < P; ++p) to->bits[p * to->words] = set[p] & to->some;                                 \
         } else {                                                                                                                \
             UNROLL for (int p = 0; p < P; ++p) UNROLL for (int o = 0; o < 2; ++o)                                               \
                 _mm512_store_si512(to->sums[p].i + to->first + 16 * o, total[p][o]);                                            \
@@ -54,5 +70,5 @@ size_t abste_xnor_bytes_avx512(const abste_model *model, const abste_node_record
 
 void abste_xnor_pack_avx512(const abste_model *model, const abste_node_record *node, void *memory) { xnor_pack(model, node, memory); }
 
-void abste_xnor_avx512(const abste_job *job, uint32_t y, uint32_t o, uint32_t n) { xnor_row(job, y, o, n, COUNTERS, 7, 32); }
+void abste_xnor_avx512(const abste_job *job, uint32_t y, uint32_t o, uint32_t n) { xnor_row(job, y, o, n, COUNTERS, 7, 32, 1); }
 #endif

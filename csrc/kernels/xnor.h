@@ -17,8 +17,10 @@ typedef struct {
 #define MOST_RUNS 64u
 #define MOST_PIXELS 7u /* that any of the kernels takes at once */
 
-/* Where sums go: through thresholds to bits, if there are any, or to `sums`. */
+/* Where sums go: through thresholds to bits, if there are any; through the steps of `job`, if there is one; or to `sums`. */
 typedef struct {
+    const abste_job *job;
+    uint32_t y, x, o; /* of the first pixel and channel */
     abste_sums *sums;
     const int32_t *thresholds; /* pairs, from the first channel on */
     uint32_t *bits;            /* the word of those channels of the first pixel; `words` further is the next pixel */
@@ -64,9 +66,10 @@ static inline uint32_t sent(const abste_job *job, uint32_t y, uint32_t x, uint32
     return 0;
 }
 
-/* A row of pixels, at most `most` at a time; counters[p] counts for p of them and `wide` channels. */
+/* A row of pixels, at most `most` at a time; counters[p] counts for p of them and `wide` channels, and takes them through the steps if it
+ * is `able`. */
 static inline void xnor_row(const abste_job *job, uint32_t y, uint32_t o, uint32_t n, const counter *counters, uint32_t most,
-                            uint32_t wide) {
+                            uint32_t wide, int able) {
     const abste_node_record *node = job->node;
     const uint32_t kh = node->kernel[0], kw = node->kernel[1], words = job->words;
     const uint32_t *weights = (const uint32_t *)job->packed + (size_t)o * kh * kw * words;
@@ -79,6 +82,9 @@ static inline void xnor_row(const abste_job *job, uint32_t y, uint32_t o, uint32
     const int32_t *pairs = NULL;
     if (node->step_count && step_at(job->model, node->first_step)->kind == STEP_THRESHOLD && !job->arguments->trace_count)
         pairs = (const int32_t *)blob_data(job->model, step_at(job->model, node->first_step)->a) + 2 * (size_t)o;
+    const int direct = pairs || (able && job->finish != abste_finish_scalar);
+    if (direct && !pairs)
+        to.job = job, to.y = y;
     for (uint32_t x = 0; x < job->w;) {
         const int64_t column = (int64_t)x * node->stride[1] - node->padding[1];
         const abste_range js = taps_inside(column, kw, node->dilation[1], job->W);
@@ -86,7 +92,7 @@ static inline void xnor_row(const abste_job *job, uint32_t y, uint32_t o, uint32
         if (node->pad_value && (is.first || is.last < kh || js.first || js.last < kw)) {
             for (uint32_t p = 0; p < pixels; ++p, ++x) { /* taps outside count here */
                 job->kernel(job, y, x, o, n, &sums[waiting]);
-                waiting = sent(job, y, x + 1, waiting + 1, pairs ? 1 : WAITING, o, n, sums);
+                waiting = sent(job, y, x + 1, waiting + 1, direct ? 1 : WAITING, o, n, sums);
             }
             continue;
         }
@@ -105,20 +111,21 @@ static inline void xnor_row(const abste_job *job, uint32_t y, uint32_t o, uint32
         for (const uint32_t end = x + pixels; x < end;) {
             const uint32_t room = most - waiting % most, some = end - x < room ? end - x : room;
             to.sums = sums + waiting;
+            to.x = x;
             for (uint32_t first = 0; first < n; first += wide) {
-                to.first = first;
+                to.first = first, to.o = o + first;
                 to.channels = n - first < wide ? n - first : wide;
                 to.some = 0xFFFFFFFFu >> (to.channels < 32 ? 32 - to.channels : 0);
-                if (pairs) {
+                if (pairs)
                     to.thresholds = pairs + 2 * first;
+                if (job->out_bits)
                     to.bits = job->out_bits + ((size_t)y * job->w + x) * to.words + (o + first) / 32;
-                }
                 counters[some](runs, count, step, taps, &to);
             }
             for (uint32_t r = 0; r < count; ++r)
                 runs[r].in += some * step;
             x += some;
-            if (!pairs)
+            if (!direct)
                 waiting = sent(job, y, x, waiting + some, WAITING, o, n, sums);
         }
     }

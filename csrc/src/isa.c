@@ -60,7 +60,7 @@ abste_isa abste_fastest(void) {
 }
 
 const char *abste_isa_name(abste_isa isa) {
-    static const char *const names[ABSTE_ISA_COUNT] = {"scalar", "avx2", "avx512"};
+    static const char *const names[ABSTE_ISA_COUNT] = {"scalar", "neon", "avx2", "avx512"};
     return (unsigned)isa < ABSTE_ISA_COUNT ? names[isa] : NULL;
 }
 

@@ -85,10 +85,12 @@ void abste_apply_scalar(const abste_job *job, const abste_step_record *step, uin
         for (uint32_t k = 0; k < n; ++k)
             v[k] += a[k];
         break;
-    case STEP_RELU:
+    case STEP_RELU: {
+        const float zero = step->p; /* so that compilers do not know: of v < 0 ? 0 : v clang 14 makes a maximum on ARM, and of -0 0 */
         for (uint32_t k = 0; k < n; ++k)
-            v[k] = v[k] < 0 ? 0 : v[k];
+            v[k] = v[k] < zero ? 0 : v[k];
         break;
+    }
     case STEP_PRELU:
         for (uint32_t k = 0; k < n; ++k)
             v[k] = v[k] < 0 ? v[k] * a[k] : v[k];
@@ -260,6 +262,22 @@ abste_job abste_job_of(const abste_model *model, const abste_node_record *node) 
     return job;
 }
 
+/* Once for a node: kernels look at a step again for every few numbers. */
+static void look_up_steps(abste_job *job) {
+    const abste_job *read = job;
+    for (uint32_t k = 0; k < job->node->step_count; ++k) {
+        const abste_step_record *step = step_at(job->model, job->node->first_step + k);
+        abste_step *found = &job->steps[k];
+        *found = (abste_step){.kind = step->kind, .p = step->p, .q = step->q};
+        if (step->kind == STEP_ADD_VALUE || step->kind == STEP_MULTIPLY_VALUE) {
+            found->a = operand_at(read, step, 0, 0, &found->next);
+            continue;
+        }
+        found->a = step->a != ABSTE_NONE ? blob_data(job->model, step->a) : NULL;
+        found->b = step->b != ABSTE_NONE ? blob_data(job->model, step->b) : NULL;
+    }
+}
+
 static void run_node(const abste_model *model, const abste_run_arguments *arguments, uint32_t i, const uint8_t *packed) {
     const abste_node_record *node = node_at(model, i);
     const abste_variant *variant = model->variant;
@@ -269,7 +287,11 @@ static void run_node(const abste_model *model, const abste_run_arguments *argume
     job.arguments = arguments, job.number = i, job.packed = packed;
     job.in = (const float *)(const void *)in;
     job.bits = (const uint32_t *)(const void *)in;
-    job.finish = variant && !arguments->trace_count ? variant->finish : abste_finish_scalar;
+    job.finish = abste_finish_scalar;
+    if (variant && !arguments->trace_count && node->step_count <= MOST_STEPS) {
+        look_up_steps(&job);
+        job.finish = variant->finish;
+    }
     if (node->op == OP_CONCAT) {
         job.in1 = floats(&job, node->in1);
         job.in1_c = value_at(model, node->in1)->c;
@@ -280,9 +302,9 @@ static void run_node(const abste_model *model, const abste_run_arguments *argume
         job.out_bits = (uint32_t *)(void *)(arena + value_at(model, node->bits)->offset);
     if (abste_int8(model, model->int8, node)) {
         prepare_int8(&job);
-    } else if (variant && (packed || variant->in_place(node))) {
-        job.row = variant->rows[node->op];
-        if (variant->whole[node->op])
+    } else if (variant) {
+        job.row = packed ? variant->rows[node->op] : variant->in_place(model, node);
+        if (packed && variant->whole[node->op])
             job.block = job.c;
     }
     if (arguments->parallel_for && job.h == 1 && job.block > BLOCK)

@@ -1,8 +1,11 @@
 /* Loads and runs files under the sanitizers. For each: a line with the status, the place at fault and the message; for one
- * that loads, what abste_run says of it, of too small an arena and of an unaligned one, its outputs as hexadecimal words, and for
- * each instruction set of the machine whether its kernels give the same.
+ * that loads, what abste_run says of it, of too small an arena and of an unaligned one, its outputs as hexadecimal words (NaN always as
+ * the same), and for each instruction set of the machine whether its kernels give the same.
  *
- *     harness [--skip-checksum] FILE...
+ *     harness [--skip-checksum] [--images] FILE...
+ *
+ * With --images, an image follows each file: its inputs, one behind the other, as raw numbers. Else it is made up, and a file that asks
+ * for much work is not run.
  */
 #include "abste.h"
 
@@ -63,7 +66,14 @@ static int run_with(abste_isa isa, uint32_t int8, abste_model model, abste_run_a
     return well;
 }
 
-/* Every instruction set against the scalar code, whose outputs are `wanted`. */
+/* In halves, the second one first. */
+static void in_halves(void *pool, uint32_t count, abste_task task, void *argument) {
+    (void)pool;
+    task(argument, count / 2, count);
+    task(argument, 0, count / 2);
+}
+
+/* Every instruction set against the scalar code, whose outputs are `wanted`; work is shared out. */
 static void compare(uint32_t int8, const abste_model *model, abste_run_arguments arguments, float *const *wanted) {
     const uint32_t outs = abste_output_count(model);
     float **outputs = calloc(2 * outs, sizeof *outputs);
@@ -74,6 +84,7 @@ static void compare(uint32_t int8, const abste_model *model, abste_run_arguments
             printf("scalar int8 FAILED\n");
         wanted = outputs + outs;
     }
+    arguments.parallel_for = in_halves;
     for (int isa = 0; abste_isa_name((abste_isa)isa); ++isa) {
         if (!abste_has((abste_isa)isa))
             continue;
@@ -88,14 +99,14 @@ static void compare(uint32_t int8, const abste_model *model, abste_run_arguments
     free(outputs);
 }
 
-static void run(const abste_model *model) {
+static void run(const abste_model *model, const float *image) {
     const uint32_t ins = abste_input_count(model), outs = abste_output_count(model);
     float **buffers = calloc(ins + outs, sizeof *buffers);
     for (uint32_t i = 0; i < ins + outs; ++i) {
         const size_t count = numbers(model, i < ins ? i : abste_output(model, i - ins));
         buffers[i] = malloc(count * sizeof(float));
         for (size_t k = 0; k < count; ++k)
-            buffers[i][k] = (float)((int)(k * 2654435761u % 1000) - 500) / 128.0f;
+            buffers[i][k] = image && i < ins ? *image++ : (float)((int)(k * 2654435761u % 1000) - 500) / 128.0f;
     }
     const size_t bytes = abste_arena_bytes(model);
     void *arena = aligned_alloc(64, bytes + 64);
@@ -111,6 +122,7 @@ static void run(const abste_model *model) {
         for (size_t k = 0, count = numbers(model, abste_output(model, i)); k < count; ++k) {
             uint32_t word;
             memcpy(&word, &buffers[ins + i][k], sizeof word);
+            word = buffers[ins + i][k] == buffers[ins + i][k] ? word : 0x7FC00000u; /* processors differ in its sign */
             printf("%08x%c", word, k + 1 < count ? ' ' : '\n');
         }
     arguments.arena = arena;
@@ -124,19 +136,30 @@ static void run(const abste_model *model) {
 
 int main(int argc, char **argv) {
     uint32_t flags = 0;
+    int images = 0;
     for (int i = 1; i < argc; ++i) {
         if (!strcmp(argv[i], "--skip-checksum")) {
             flags = ABSTE_SKIP_CHECKSUM;
             continue;
         }
-        size_t size;
+        if (!strcmp(argv[i], "--images")) {
+            images = 1;
+            continue;
+        }
+        size_t size, image_size = 0, wanted = 0;
         uint8_t *data = read_file(argv[i], &size);
         abste_model model;
         uint32_t where;
         const abste_status status = abste_load(&model, data, size, flags, &where);
         printf("status %d %u %s\n", (int)status, (unsigned)where, abste_message(status));
-        if (status == ABSTE_OK && abste_arena_bytes(&model) <= MOST_ARENA && work(&model) <= MOST_WORK)
-            run(&model);
+        uint8_t *image = images && i + 1 < argc ? read_file(argv[++i], &image_size) : NULL;
+        for (uint32_t v = 0; status == ABSTE_OK && v < abste_input_count(&model); ++v)
+            wanted += numbers(&model, v) * sizeof(float);
+        if (images && (!image || (status == ABSTE_OK && image_size != wanted)))
+            return 2;
+        if (status == ABSTE_OK && (image || (abste_arena_bytes(&model) <= MOST_ARENA && work(&model) <= MOST_WORK)))
+            run(&model, (const float *)(const void *)image);
+        free(image);
         free(data);
     }
     return 0;

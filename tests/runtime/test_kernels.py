@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from abste.deploy import format as abste_format
@@ -103,6 +108,22 @@ def assert_same(wanted: tuple[Any, ...], found: tuple[Any, ...]) -> None:
         assert same.all(), f"{(~same).sum()} of {same.size} numbers differ"
 
 
+def extreme() -> tuple[Graph, Any]:
+    """Sums as far from 0 as they can be, on both sides: no counter of a kernel may overflow."""
+    values = [Value((3, 9, 300)), Value((3, 9, 300), Kind.BITS), Value((1, 7, 40), output=True)]
+    weight = np.ones((40, 3, 3, 300), bool)
+    weight[::3] = False
+    nodes = [Node(Op.IDENTITY, (0,), None, 1), Node(Op.XNOR, (1,), 2, None, "conv", weight, (3, 3))]
+    return plan(Graph(values, nodes)), np.full((1, 3, 9, 300), -1, np.float32)
+
+
+@pytest.mark.parametrize("isa", FASTER)
+def test_no_counter_overflows(isa: str) -> None:
+    graph, image = extreme()
+    (found,) = outputs(graph, image, isa)
+    assert (found == np.where(np.arange(40) % 3, np.float32(-2700), np.float32(2700))).all()
+
+
 @pytest.mark.parametrize("isa", FASTER)
 @pytest.mark.parametrize("op", [Op.XNOR, Op.SIGN_CONV, Op.CONV])
 @settings(max_examples=150, deadline=None)
@@ -154,3 +175,76 @@ def test_eight_bits_are_near_and_where_they_were_asked_for() -> None:
         assert off == 0 if int8 is None else 0 < off < 0.03
     with pytest.raises(ConfigError, match=r"int8='steem'; .*'stem'"):
         Network(file, "a test", int8="steem")  # type: ignore[arg-type]
+
+
+ARM = "aarch64-linux-gnu"
+ARM_BUILDS = {
+    "gcc": [f"{ARM}-gcc", "-O3", "-static"],
+    "clang": ["clang", f"--target={ARM}", "-O3", "-static"],  # with the headers and libraries of the other
+    "sanitizers": [f"{ARM}-gcc", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+}
+
+
+@pytest.fixture(scope="module", params=ARM_BUILDS)
+def arm_harness(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> list[str]:
+    """The command that runs tests/c/harness.c, compiled for 64-bit ARM, in an emulator."""
+    build = ARM_BUILDS[request.param]
+    for needed in (f"{ARM}-gcc", build[0], "qemu-aarch64"):
+        if not shutil.which(needed):
+            pytest.skip(f"{needed} is not installed (Debian: gcc-aarch64-linux-gnu, libc6-dev-arm64-cross, qemu-user)")
+    program = tmp_path_factory.mktemp("arm") / "harness"
+    sources = [*repo_root.glob("csrc/src/*.c"), *repo_root.glob("csrc/kernels/*.c"), repo_root / "tests/c/harness.c"]
+    flags = ["-std=c11", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", f"-I{repo_root / 'csrc/include'}"]
+    command = [*build, *flags, *map(str, sources), "-o", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return ["qemu-aarch64", "-L", f"/usr/{ARM}", str(program), "--images"]
+
+
+def some_convolutions(op: Op, count: int) -> list[tuple[Graph, Any]]:
+    made = []
+
+    @settings(max_examples=count, phases=[Phase.generate])
+    @given(convolutions(op))
+    def collect(example: tuple[Graph, Any]) -> None:
+        made.append(example)
+
+    collect()
+    return made
+
+
+def test_arm_gives_the_bits_of_this_machine(
+    arm_harness: list[str], random_graph: Callable[[int], Graph], repo_root: Path, tmp_path: Path
+) -> None:
+    """Random convolutions, random networks and the seeds of the fuzzer, compiled for ARM and run in an emulator."""
+    rng = np.random.default_rng(0)
+    graphs = [random_graph(seed) for seed in range(60)]
+    graphs += [abste_format.read(path.read_bytes()) for path in sorted(repo_root.glob("tests/c/corpus/*.abste"))]
+    cases = [(graph, rng.normal(size=(1, *graph.values[0].shape)).astype(np.float32)) for graph in graphs]
+    cases += [extreme()]
+    cases += [case for op in (Op.XNOR, Op.SIGN_CONV, Op.CONV) for case in some_convolutions(op, 150)]
+    wanted: list[list[str]] = []
+    arguments = []
+    for graph, image in cases:
+        file = abste_format.write(graph)
+        if sum(node.macs for node in Network(np.frombuffer(file, np.uint8), "a test").nodes) > 1e6:
+            continue  # an emulator is slow
+        lines = []
+        for output in outputs(graph, image, "scalar"):
+            words = np.where(np.isnan(output), np.float32(np.nan), output).view(np.uint32).ravel()
+            lines.append(" ".join(f"{word:08x}" for word in words))
+        wanted.append(lines)
+        for name, data in (("abste", file), ("image", image.tobytes())):
+            arguments.append(tmp_path / f"{len(wanted):05}.{name}")
+            arguments[-1].write_bytes(data)
+    assert len(wanted) > 350
+    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}  # which the emulator does not let it do
+    done = subprocess.run([*arm_harness, *map(str, arguments)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    answers = done.stdout.split("status ")[1:]
+    for number, (answer, lines) in enumerate(zip(answers, wanted, strict=True), 1):
+        found = answer.splitlines()
+        assert found[1] == "run 0", found[0]
+        assert found[4 : 4 + len(lines)] == lines, f"outputs of {number:05}.abste"
+        kernels = ["scalar same", "neon same", "scalar int8 same", "neon int8 same"]
+        assert found[4 + len(lines) :] == kernels, f"kernels of {number:05}.abste"
