@@ -202,6 +202,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(sub)
     sub.add_argument("--averaged", action="store_true", help="the averaged weights, of a recipe with [average]")
     sub.add_argument("--images", type=int, metavar="N", help="use the first N images of the data (default: all)")
+    sub.add_argument(
+        "--int8",
+        choices=("stem", "float", "binary", "all"),
+        help="tell, too, what integers of eight bits in these layers change (abste.load has this option)",
+    )
 
     sub = command(
         "predict",
@@ -444,6 +449,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         arguments.data,
         averaged=arguments.averaged,
         images=arguments.images,
+        int8=arguments.int8,
     )
     print("\n\n".join(map(str, checks)))
     _hint_at_data(arguments, checks)
