@@ -1,9 +1,9 @@
 /* Registers of floats, of any width: float kernels are written once, for every instruction set that has such registers.
  *
  * A file that includes this has defined LANES, how many floats a register holds; TARGET, the attribute of functions that use them;
- * FROM_HALVES(p), the LANES f16 at p as lanes; LESS(a, b), AT_LEAST(a, b) and AT_LEAST_INTEGER(a, b), the mask of the lanes where that
- * is so; SELECT(mask, a, b), lanes of a where the mask is set, else of b; WHERE_NOT(mask, v), lanes of v, and 0 where the mask is set;
- * SET_BITS(mask), a bit for each lane that is set. LOAD_FEW and STORE_FEW, as load_few and store_few below, if it has something better.
+ * LESS(a, b), AT_LEAST(a, b) and AT_LEAST_INTEGER(a, b), the mask of the lanes where that is so; SELECT(mask, a, b), lanes of a where
+ * the mask is set, else of b; WHERE_NOT(mask, v), lanes of v, and 0 where the mask is set; SET_BITS(mask), a bit for each lane that is
+ * set. LOAD_FEW and STORE_FEW, as load_few and store_few below, if it has something better.
  *
  * Nothing is read or written beyond what there is: registers that are not full are loaded and stored lane by lane.
  */

@@ -6,10 +6,10 @@
 #include "window.h"
 
 static size_t packed_bytes(const abste_model *model, const abste_node_record *node) {
-    return node->op == OP_XNOR                        ? abste_xnor_bytes_avx512(model, node)
-           : node->op == OP_SIGN_CONV                 ? abste_sign_conv_bytes_avx512(model, node)
-           : node->op == OP_CONV && node->groups == 1 ? abste_conv_bytes_avx512(model, node)
-                                                      : 0;
+    return node->op == OP_XNOR        ? abste_xnor_bytes_avx512(model, node)
+           : node->op == OP_SIGN_CONV ? abste_sign_conv_bytes_avx512(model, node)
+           : node->op == OP_CONV      ? abste_conv_bytes_avx512(model, node)
+                                      : 0;
 }
 
 static void pack(const abste_model *model, const abste_node_record *node, void *memory) {

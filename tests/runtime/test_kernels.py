@@ -110,20 +110,21 @@ def assert_same(wanted: tuple[Any, ...], found: tuple[Any, ...]) -> None:
         assert same.all(), f"{(~same).sum()} of {same.size} numbers differ"
 
 
-def extreme() -> tuple[Graph, Any]:
+def extreme(side: int = 3, c: int = 300) -> tuple[Graph, Any]:
     """Sums as far from 0 as they can be, on both sides: no counter of a kernel may overflow."""
-    values = [Value((3, 9, 300)), Value((3, 9, 300), Kind.BITS), Value((1, 7, 40), output=True)]
-    weight = np.ones((40, 3, 3, 300), bool)
+    shape = (side, side + 6, c)
+    values = [Value(shape), Value(shape, Kind.BITS), Value((1, 7, 40), output=True)]
+    weight = np.ones((40, side, side, c), bool)
     weight[::3] = False
-    nodes = [Node(Op.IDENTITY, (0,), None, 1), Node(Op.XNOR, (1,), 2, None, "conv", weight, (3, 3))]
-    return plan(Graph(values, nodes)), np.full((1, 3, 9, 300), -1, np.float32)
+    nodes = [Node(Op.IDENTITY, (0,), None, 1), Node(Op.XNOR, (1,), 2, None, "conv", weight, (side, side))]
+    return plan(Graph(values, nodes)), np.full((1, *shape), -1, np.float32)
 
 
+@pytest.mark.parametrize(("side", "c"), [(3, 300), (1, 140_000)], ids=["of 8 bits", "of 16 bits"])
 @pytest.mark.parametrize("isa", FASTER)
-def test_no_counter_overflows(isa: str) -> None:
-    graph, image = extreme()
-    (found,) = outputs(graph, image, isa)
-    assert (found == np.where(np.arange(40) % 3, np.float32(-2700), np.float32(2700))).all()
+def test_no_counter_overflows(isa: str, side: int, c: int) -> None:
+    (found,) = outputs(*extreme(side, c), isa)
+    assert (found == np.where(np.arange(40) % 3, np.float32(-side * side * c), np.float32(side * side * c))).all()
 
 
 @pytest.mark.parametrize("isa", FASTER)
