@@ -29,11 +29,13 @@ static int has_avx512(void) {
 #endif
 
 static const abste_variant *const VARIANTS[ABSTE_ISA_COUNT] = {
+    [ABSTE_SCALAR] = NULL,
+#ifdef ABSTE_ARM
+    [ABSTE_NEON] = &abste_variant_neon,
+#endif
 #ifdef ABSTE_X86
     [ABSTE_AVX2] = &abste_variant_avx2,
     [ABSTE_AVX512] = &abste_variant_avx512,
-#else
-    NULL
 #endif
 };
 
@@ -41,6 +43,10 @@ int abste_has(abste_isa isa) {
     switch (isa) {
     case ABSTE_SCALAR:
         return 1;
+#ifdef ABSTE_ARM
+    case ABSTE_NEON:
+        return 1;
+#endif
 #ifdef ABSTE_X86
     case ABSTE_AVX2:
         return has_avx2();
