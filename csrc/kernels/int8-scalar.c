@@ -109,7 +109,9 @@ void abste_int8_scalar(const abste_job *job, uint32_t y, uint32_t x, uint32_t o,
     const abste_node_record *node = job->node;
     const int64_t row = (int64_t)y * node->stride[0] - node->padding[0];
     const abste_range is = taps_inside(row, node->kernel[0], node->dilation[0], job->H);
-    int32_t total[BLOCK] = {0};
+    int32_t total[BLOCK];
+    for (uint32_t m = 0; m < n; ++m)
+        total[m] = 0;
     for (uint32_t i = is.first; i < is.last; ++i)
         for (uint32_t j = 0; j < node->kernel[1]; ++j) { /* the padding left and right is there, and zero */
             const size_t tap = (size_t)i * node->kernel[1] + j, s = (size_t)x * node->stride[1] + (size_t)j * node->dilation[1];

@@ -6,8 +6,9 @@
 #include "window.h"
 
 static size_t packed_bytes(const abste_model *model, const abste_node_record *node) {
-    (void)model, (void)node;
-    return 0;
+    return node->op == OP_XNOR        ? abste_xnor_bytes_avx2(model, node)
+           : node->op == OP_SIGN_CONV ? abste_sign_conv_bytes_avx2(model, node)
+                                      : 0;
 }
 
 /* What reads the weight where it is, or has none. */
@@ -16,11 +17,13 @@ static abste_row_kernel in_place(const abste_model *model, const abste_node_reco
 }
 
 static void pack(const abste_model *model, const abste_node_record *node, void *memory) {
-    (void)model, (void)node, (void)memory;
+    (node->op == OP_XNOR ? abste_xnor_pack_avx2 : abste_sign_conv_pack_avx2)(model, node, memory);
 }
 
 const abste_variant abste_variant_avx2 = {.packed_bytes = packed_bytes,
                                           .in_place = in_place,
                                           .pack = pack,
+                                          .rows = {[OP_SIGN_CONV] = abste_sign_conv_avx2, [OP_XNOR] = abste_xnor_avx2},
+                                          .whole = {[OP_SIGN_CONV] = 1},
                                           .finish = finish};
 #endif

@@ -94,5 +94,5 @@ size_t abste_xnor_bytes_neon(const abste_model *model, const abste_node_record *
 
 void abste_xnor_pack_neon(const abste_model *model, const abste_node_record *node, void *memory) { xnor_pack(model, node, memory); }
 
-void abste_xnor_neon(const abste_job *job, uint32_t y, uint32_t o, uint32_t n) { xnor_row(job, y, o, n, COUNTERS, 2, 0); }
+void abste_xnor_neon(const abste_job *job, uint32_t y, uint32_t o, uint32_t n) { xnor_row(job, y, o, n, COUNTERS, 2, 32, 0); }
 #endif

@@ -70,5 +70,5 @@ size_t abste_xnor_bytes_avx512(const abste_model *model, const abste_node_record
 
 void abste_xnor_pack_avx512(const abste_model *model, const abste_node_record *node, void *memory) { xnor_pack(model, node, memory); }
 
-void abste_xnor_avx512(const abste_job *job, uint32_t y, uint32_t o, uint32_t n) { xnor_row(job, y, o, n, COUNTERS, 7, 1); }
+void abste_xnor_avx512(const abste_job *job, uint32_t y, uint32_t o, uint32_t n) { xnor_row(job, y, o, n, COUNTERS, 7, 32, 1); }
 #endif

@@ -22,10 +22,10 @@ typedef struct {
     const abste_job *job;
     uint32_t y, x, o; /* of the first pixel and channel */
     abste_sums *sums;
-    const int32_t *thresholds; /* pairs, from the first channel of 32 on */
-    uint32_t *bits;            /* the word of those 32 channels of the first pixel; `words` further is the next pixel */
+    const int32_t *thresholds; /* pairs, from the first channel on */
+    uint32_t *bits;            /* the word of those channels of the first pixel; `words` further is the next pixel */
     size_t words;
-    uint32_t channels, some; /* how many of the 32 channels exist, and a bit for each */
+    uint32_t channels, some; /* how many of those that a kernel takes at once exist, and a bit for each of the first 32 */
     uint32_t first;
 } destination;
 
@@ -53,7 +53,7 @@ static inline void xnor_pack(const abste_model *model, const abste_node_record *
                 }
 }
 
-/* `taps` - 2 (set bits of input ^ weight) for some neighbouring pixels, `step` words apart, and the 32 channels from to->first on. */
+/* `taps` - 2 (set bits of input ^ weight) for some neighbouring pixels, `step` words apart, and 32 or 64 channels from to->first on. */
 typedef void (*counter)(const run_of_taps *runs, uint32_t count, size_t step, int32_t taps, const destination *to);
 
 /* Steps cost less for several pixels at a time: sums wait for company, until there are so many or the row ends. */
@@ -66,9 +66,10 @@ static inline uint32_t sent(const abste_job *job, uint32_t y, uint32_t x, uint32
     return 0;
 }
 
-/* A row of pixels, at most `most` at a time; counters[p] counts for p of them, and takes them through the steps if it is `able`. */
+/* A row of pixels, at most `most` at a time; counters[p] counts for p of them and `wide` channels, and takes them through the steps if it
+ * is `able`. */
 static inline void xnor_row(const abste_job *job, uint32_t y, uint32_t o, uint32_t n, const counter *counters, uint32_t most,
-                            int able) {
+                            uint32_t wide, int able) {
     const abste_node_record *node = job->node;
     const uint32_t kh = node->kernel[0], kw = node->kernel[1], words = job->words;
     const uint32_t *weights = (const uint32_t *)job->packed + (size_t)o * kh * kw * words;
@@ -111,10 +112,10 @@ static inline void xnor_row(const abste_job *job, uint32_t y, uint32_t o, uint32
             const uint32_t room = most - waiting % most, some = end - x < room ? end - x : room;
             to.sums = sums + waiting;
             to.x = x;
-            for (uint32_t first = 0; first < n; first += 32) {
+            for (uint32_t first = 0; first < n; first += wide) {
                 to.first = first, to.o = o + first;
-                to.channels = n - first < 32 ? n - first : 32;
-                to.some = 0xFFFFFFFFu >> (32 - to.channels);
+                to.channels = n - first < wide ? n - first : wide;
+                to.some = 0xFFFFFFFFu >> (to.channels < 32 ? 32 - to.channels : 0);
                 if (pairs)
                     to.thresholds = pairs + 2 * first;
                 if (job->out_bits)

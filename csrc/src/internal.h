@@ -151,7 +151,7 @@ struct abste_job {
     uint8_t *eight;
     size_t eight_row;
     float eight_scale, eight_times, *row_most;
-    abste_step steps[MOST_STEPS];
+    const abste_step *steps;
     uint32_t number;        /* of the node */
     float *out;
     uint32_t *out_bits;

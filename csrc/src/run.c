@@ -263,14 +263,13 @@ abste_job abste_job_of(const abste_model *model, const abste_node_record *node) 
 }
 
 /* Once for a node: kernels look at a step again for every few numbers. */
-static void look_up_steps(abste_job *job) {
-    const abste_job *read = job;
+static void look_up_steps(const abste_job *job, abste_step *steps) {
     for (uint32_t k = 0; k < job->node->step_count; ++k) {
         const abste_step_record *step = step_at(job->model, job->node->first_step + k);
-        abste_step *found = &job->steps[k];
+        abste_step *found = &steps[k];
         *found = (abste_step){.kind = step->kind, .p = step->p, .q = step->q};
         if (step->kind == STEP_ADD_VALUE || step->kind == STEP_MULTIPLY_VALUE) {
-            found->a = operand_at(read, step, 0, 0, &found->next);
+            found->a = operand_at(job, step, 0, 0, &found->next);
             continue;
         }
         found->a = step->a != ABSTE_NONE ? blob_data(job->model, step->a) : NULL;
@@ -283,13 +282,15 @@ static void run_node(const abste_model *model, const abste_run_arguments *argume
     const abste_variant *variant = model->variant;
     uint8_t *arena = arguments->arena;
     const uint8_t *in = arena + value_at(model, node->in0)->offset;
+    abste_step steps[MOST_STEPS];
     abste_job job = abste_job_of(model, node);
     job.arguments = arguments, job.number = i, job.packed = packed;
     job.in = (const float *)(const void *)in;
     job.bits = (const uint32_t *)(const void *)in;
     job.finish = abste_finish_scalar;
     if (variant && !arguments->trace_count && node->step_count <= MOST_STEPS) {
-        look_up_steps(&job);
+        look_up_steps(&job, steps);
+        job.steps = steps;
         job.finish = variant->finish;
     }
     if (node->op == OP_CONCAT) {

@@ -35,6 +35,8 @@ def convolutions(draw: st.DrawFn, op: Op) -> tuple[Graph, Any]:
     groups = draw(st.sampled_from([1, 1, 1, 2]))
     c_in = draw(st.sampled_from([1, 3, 16, 31, 32, 33, 64, 100, 128, 200])) * groups
     c_out = draw(st.sampled_from([1, 15, 16, 17, 31, 32, 33, 48, 64, 65, 80, 128, 150])) * groups
+    if draw(st.integers(0, 4)) == 4:  # depthwise
+        groups = c_out = c_in
     kernel = draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
     stride, dilation = (draw(st.tuples(st.integers(1, 2), st.integers(1, 2))) for _ in range(2))
     padding = tuple(draw(st.integers(0, 3)) for _ in range(4))
