@@ -1,6 +1,6 @@
 /* Loads and runs files under the sanitizers. For each: a line with the status, the place at fault and the message; for one
  * that loads, what abste_run says of it, of too small an arena and of an unaligned one, its outputs as hexadecimal words, and for
- * each instruction set of the machine whether its kernels give the same.
+ * each instruction set of the machine whether its kernels give the same, and its caller is told of every node in order.
  *
  *     harness [--skip-checksum] FILE...
  */
@@ -47,6 +47,12 @@ static uint64_t work(const abste_model *model) {
 
 static int same(float a, float b) { return memcmp(&a, &b, sizeof a) == 0 || (a != a && b != b); }
 
+/* Counts what it is told, as long as that comes in order: ABSTE_NONE + 1 is 0. */
+static void count(void *observer, uint32_t node) {
+    uint32_t *next = observer;
+    *next += node + 1 == *next;
+}
+
 /* Runs once more with the kernels of an instruction set, and compares. Their memory is of just the size they ask for. */
 static void run_with(abste_isa isa, abste_model model, abste_run_arguments arguments, float *const *wanted) {
     const uint32_t outs = abste_output_count(&model);
@@ -58,7 +64,10 @@ static void run_with(abste_isa isa, abste_model model, abste_run_arguments argum
     for (uint32_t i = 0; i < outs; ++i)
         outputs[i] = malloc(numbers(&model, abste_output(&model, i)) * sizeof(float));
     arguments.outputs = outputs;
-    equal = equal && abste_run(&model, &arguments) == ABSTE_OK;
+    uint32_t told = 0;
+    arguments.progress = count;
+    arguments.observer = &told;
+    equal = equal && abste_run(&model, &arguments) == ABSTE_OK && told == abste_node_count(&model) + 1;
     for (uint32_t i = 0; i < outs && equal; ++i)
         for (size_t k = 0, count = numbers(&model, abste_output(&model, i)); k < count; ++k)
             equal = equal && same(outputs[i][k], wanted[i][k]);
