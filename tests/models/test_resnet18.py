@@ -74,7 +74,7 @@ def test_every_block_convolution_reads_signed_input(name: str) -> None:
             module.register_forward_pre_hook(lambda _, x: negative.append((x[0] < 0).float().mean().item()))
     model(torch.randn(4, 3, 64, 64))
     # Max pooling leaves few negative numbers to the first one.
-    assert len(negative) == 16 and 0 < negative[0] and all(0.05 < share < 0.95 for share in negative[1:]), negative
+    assert len(negative) == 16 and negative[0] > 0 and all(0.05 < share < 0.95 for share in negative[1:]), negative
 
 
 @pytest.mark.parametrize("name", NAMES)

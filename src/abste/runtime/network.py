@@ -223,7 +223,7 @@ class Network:
         if layout not in ("nchw", "nhwc"):
             raise ConfigError(f"unknown layout {layout!r}; {nearest(layout, ('nchw', 'nhwc'))}")
         if threads is None:
-            threads = _cores()
+            threads = available_cores()
         if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
             raise ConfigError(f"threads must be a positive integer, not {threads!r}.")
         if len(inputs) != len(self._inputs):
@@ -312,7 +312,8 @@ def _chosen(isa: str | None) -> str:
     return wanted
 
 
-def _cores() -> int:
+def available_cores() -> int:
+    """How many cores the process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -1,0 +1,115 @@
+"""Time and memory, of functions that take turns. Needs numpy alone."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+LEAST_ROUNDS, MOST_ROUNDS = 3, 5000
+
+
+class Spread(NamedTuple):
+    """Times of many calls, in seconds.
+
+    Attributes:
+        median, low, high: the median and the quartiles.
+        calls: how many.
+    """
+
+    median: float
+    low: float
+    high: float
+    calls: int
+
+    @classmethod
+    def of(cls, times: list[float]) -> Spread:
+        """Of one call or more."""
+        if len(times) == 1:
+            return cls(times[0], times[0], times[0], 1)
+        low, median, high = statistics.quantiles(times, n=4, method="inclusive")
+        return cls(median, low, high, len(times))
+
+
+def by_turns(
+    functions: Mapping[str, Callable[[], object]],
+    seconds: float,
+    *,
+    rest: float = 0.0,
+    around: Callable[[], object] | None = None,
+) -> list[dict[str, float]]:
+    """Call functions in turn, there and back, so that noise meets all of them, until their time is used up.
+
+    Each is called twice in its turn and timed the second time, with its weights in the caches as in steady use. One
+    that is slow drops out when it has had its share of the time, though not before it was called a few times.
+
+    Args:
+        functions: what to call, by name.
+        seconds: for all of them together.
+        rest: seconds to sleep before a turn, for threads of the one before to stop spinning.
+        around: called before the first round and after each.
+
+    Returns:
+        A dict of seconds by name for each round.
+    """
+    rounds: list[dict[str, float]] = []
+    used = dict.fromkeys(functions, 0.0)
+    share = seconds / max(1, len(functions))
+    for function in functions.values():  # what is done once
+        function()
+    if around is not None:
+        around()
+    while len(rounds) < MOST_ROUNDS:
+        names = [name for name in functions if len(rounds) < LEAST_ROUNDS or used[name] < share]
+        if not names:
+            break
+        found: dict[str, float] = {}
+        for name in names[:: 1 if len(rounds) % 2 else -1]:
+            if rest:
+                time.sleep(rest)
+            before = time.perf_counter()
+            functions[name]()
+            start = time.perf_counter()
+            functions[name]()
+            end = time.perf_counter()
+            found[name] = end - start
+            used[name] += end - before + rest
+        if around is not None:
+            around()
+        rounds.append(found)
+    return rounds
+
+
+def spreads(rounds: list[dict[str, float]]) -> dict[str, Spread]:
+    """The spread of each function over the rounds that it took part in."""
+    names = list(dict.fromkeys(name for found in rounds for name in found))
+    return {name: Spread.of([found[name] for found in rounds if name in found]) for name in names}
+
+
+def resident() -> tuple[int, int]:
+    """Resident memory of this process in bytes: now, and the highest so far."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        import resource  # not on Windows
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return highest, highest
+    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    now, highest = (1024 * int(fields[key].split()[0]) for key in ("VmRSS", "VmHWM"))
+    return now, highest
+
+
+def rise(function: Callable[[], object]) -> int:
+    """Bytes by which a call raises the highest resident memory above what is resident now."""
+    before, highest = resident()
+    forget = Path("/proc/self/clear_refs")
+    if highest > before and forget.exists():
+        with contextlib.suppress(OSError):  # a sandbox: the rise is then that above what imports took
+            forget.write_text("5")  # the highest so far is what there is now
+    function()
+    return max(0, resident()[1] - before)
