@@ -6,7 +6,7 @@ import contextlib
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ class Spread(NamedTuple):
     calls: int
 
     @classmethod
-    def of(cls, times: list[float]) -> Spread:
+    def of(cls, times: Sequence[float]) -> Spread:
         """Of one call or more."""
         if len(times) == 1:
             return cls(times[0], times[0], times[0], 1)
@@ -35,59 +35,62 @@ class Spread(NamedTuple):
         return cls(median, low, high, len(times))
 
 
+class Call(NamedTuple):
+    """One timed call.
+
+    Attributes:
+        seconds: how long it took.
+        gauge: the larger of what the gauge read before and after it; 0 without one.
+    """
+
+    seconds: float
+    gauge: float
+
+
 def by_turns(
     functions: Mapping[str, Callable[[], object]],
     seconds: float,
     *,
     rest: float = 0.0,
-    around: Callable[[], object] | None = None,
-) -> list[dict[str, float]]:
+    gauge: Callable[[], float] | None = None,
+) -> dict[str, list[Call]]:
     """Call functions in turn, there and back, so that noise meets all of them, until their time is used up.
 
-    Each is called twice in its turn and timed the second time, with its weights in the caches as in steady use. One
-    that is slow drops out when it has had its share of the time, though not before it was called a few times.
+    Each is called once before all; then twice in each of its turns, and timed the second time, with its weights in the
+    caches as in steady use. One that is slow drops out when it has had its share of the time, though not before it was
+    called a few times.
 
     Args:
         functions: what to call, by name.
         seconds: for all of them together.
         rest: seconds to sleep before a turn, for threads of the one before to stop spinning.
-        around: called before the first round and after each.
+        gauge: reads how disturbed the machine is; called before and after each timed call.
 
     Returns:
-        A dict of seconds by name for each round.
+        The timed calls of each.
     """
-    rounds: list[dict[str, float]] = []
+    calls: dict[str, list[Call]] = {name: [] for name in functions}
     used = dict.fromkeys(functions, 0.0)
     share = seconds / max(1, len(functions))
     for function in functions.values():  # what is done once
         function()
-    if around is not None:
-        around()
-    while len(rounds) < MOST_ROUNDS:
-        names = [name for name in functions if len(rounds) < LEAST_ROUNDS or used[name] < share]
-        if not names:
-            break
-        found: dict[str, float] = {}
-        for name in names[:: 1 if len(rounds) % 2 else -1]:
+    for number in range(MOST_ROUNDS):
+        names = [name for name in functions if number < LEAST_ROUNDS or used[name] < share]
+        for name in names[:: 1 if number % 2 else -1]:
             if rest:
                 time.sleep(rest)
             before = time.perf_counter()
             functions[name]()
+            disturbed = gauge() if gauge else 0.0
             start = time.perf_counter()
             functions[name]()
             end = time.perf_counter()
-            found[name] = end - start
-            used[name] += end - before + rest
-        if around is not None:
-            around()
-        rounds.append(found)
-    return rounds
-
-
-def spreads(rounds: list[dict[str, float]]) -> dict[str, Spread]:
-    """The spread of each function over the rounds that it took part in."""
-    names = list(dict.fromkeys(name for found in rounds for name in found))
-    return {name: Spread.of([found[name] for found in rounds if name in found]) for name in names}
+            disturbed = max(disturbed, gauge()) if gauge else 0.0
+            calls[name].append(Call(end - start, disturbed))
+            used[name] += time.perf_counter() - before
+        if not names:
+            break
+    return calls
 
 
 def resident() -> tuple[int, int]:

@@ -181,14 +181,14 @@ def bench(
             others, errors, left_out = peers.build(wanted, case, first(*inputs, threads=count))
             notes += [note for note in left_out if note not in notes]
         functions |= others
-        rounds = measure.by_turns(functions, seconds, rest=REST if count > 1 else 0.0)
+        calls = measure.by_turns(functions, seconds, rest=REST if count > 1 else 0.0)
         layers = {
             name: _by_node(network, inputs, count, seconds / (4 * len(networks))) for name, network in networks.items()
         }
-        spreads = measure.spreads(rounds)
         for name in functions:
             own = layers.get(name.removeprefix("abste "), [])
-            timings.append(Timing(name, count, spreads[name], own, errors.get(name, 0.0)))
+            time = Spread.of([call.seconds for call in calls[name]])
+            timings.append(Timing(name, count, time, own, errors.get(name, 0.0)))
     shapes = ["x".join(map(str, value.shape)) for value in (first.inputs[0], first.outputs[0])]
     return Benchmark(
         file=Path(path).name,
