@@ -345,7 +345,7 @@ def memory(case: str, engines: list[str], repeats: int) -> dict[str, Any]:
         files = {"abste": ("abste", "abste.abste")}
         for peer in peers.chosen(engines):
             if peer.missing():
-                notes.append(f"{peer.name} is left out: {' and '.join(peer.missing())} is not installed.")
+                notes.append(f"{peer.name} is left out: {' and '.join(peer.missing())} not installed.")
             elif peer.name == "torch":
                 torch.save(as_torch(unpack(graph)), folder / "torch.pt")
                 files["torch"] = ("torch", "torch.pt")

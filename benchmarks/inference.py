@@ -13,8 +13,8 @@ left out, and the table says so. Weights are random: speed does not depend on th
 A convolution is one of a chain of nine. Ours is timed node by node, packed in and out, without the ends of the chain.
 Of the others counts what is best for them: a ninth of the chain, a single layer, the difference of the two over eight,
 and for OpenVINO's binary layers also its own clock. A linear layer is one of a chain of three, or a single one, for
-ours too. Memory is the rise of the peak of resident memory from imports to the first answer, each engine with its own file,
-in a new process. Writes OUT.json, setting by setting, and OUT.md.
+ours too. Memory is the rise of the peak of resident memory from imports to the first answer, each engine with its own
+file, in a new process. Writes OUT.json, setting by setting, and OUT.md.
 """
 
 from __future__ import annotations

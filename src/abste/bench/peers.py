@@ -245,13 +245,14 @@ def build(peers: Iterable[Peer], case: Case, binary: Array) -> tuple[dict[str, R
     for peer in sorted(peers, key=lambda peer: peer.precision != "float32"):
         missing = peer.missing()
         if missing:
-            notes.append(f"{peer.name} is left out: {' and '.join(missing)} is not installed.")
+            notes.append(f"{peer.name} is left out: {_are(missing)} not installed.")
             continue
         try:
             run = peer.build(case)
             y = np.array(run(), np.float32)
         except Exception as error:  # whatever an engine raises
-            notes.append(f"{peer.name} is left out: {str(error).strip().splitlines()[0] if str(error) else error!r}")
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            notes.append(f"{peer.name} is left out: {reason}")
             continue
         wanted = binary if peer.precision == "binary" else reference
         if wanted is None:
@@ -266,6 +267,10 @@ def build(peers: Iterable[Peer], case: Case, binary: Array) -> tuple[dict[str, R
             continue
         functions[peer.name] = run
     return functions, errors, notes
+
+
+def _are(missing: list[str]) -> str:
+    return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'}"
 
 
 def distance(found: Array, wanted: Array) -> float:
