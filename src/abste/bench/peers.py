@@ -57,7 +57,9 @@ class Case:
 
     def __init__(self, graph: Graph, x: Array, threads: int) -> None:
         if graph.input_count != 1 or len(graph.outputs()) != 1:
-            raise ConfigError("only a network with one input and one output can be compared with other engines.")
+            raise ConfigError(
+                "only a network with one input and one output can be compared with other engines: use --peers none."
+            )
         self.graph = graph
         self.x = np.ascontiguousarray(x, np.float32)
         self.threads = threads

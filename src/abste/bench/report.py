@@ -99,8 +99,8 @@ class Benchmark:
                     (
                         x.engine,
                         str(threads),
-                        f"{x.time.median * scale:.3g} {unit}",
-                        f"{x.time.low * scale:.3g}-{x.time.high * scale:.3g}",
+                        f"{_digits(x.time.median * scale)} {unit}",
+                        f"{_digits(x.time.low * scale)}-{_digits(x.time.high * scale)}",
                         f"{self.batch / x.time.median:,.0f}",
                         note,
                     )
@@ -111,15 +111,18 @@ class Benchmark:
         own = [timing for timing in self.timings if timing.nodes]
         if not own:
             return ""
-        heads = [f"{x.engine.removeprefix('abste ')} x{x.threads}" for x in own]
+        heads = [f"{x.engine.removeprefix('abste ')} x{x.threads}, us" for x in own]
         rows: list[tuple[str, ...]] = [("layer", "operation", *heads, "share", "GOP/s")]
         first = np.array(own[0].nodes)
         for number, (name, operation, macs) in enumerate(self.nodes):
-            times = [f"{1e6 * x.nodes[number]:.3g} us" for x in own]
+            times = [_digits(1e6 * x.nodes[number]) for x in own]
             speed = 2e-9 * macs * self.batch / first[number] if macs and first[number] else 0
             share = first[number] / max(first.sum(), 1e-12)
             rows.append((name or "-", operation, *times, f"{share:.0%}", f"{speed:,.0f}" if macs else "-"))
-        return _table(rows, left=(0, 1)) + f"\n(share and GOP/s: {heads[0]}; a multiply-accumulate counts as two)"
+        return (
+            _table(rows, left=(0, 1))
+            + f"\n(share and GOP/s: {heads[0].removesuffix(', us')}; a multiply-accumulate counts as two)"
+        )
 
     def _memory(self) -> str:
         named = {"file": "the file", "arena": "working memory for an image", "packed": "weights in the kernels' order"}
@@ -144,13 +147,13 @@ def bench(
     Engines take turns (:func:`abste.bench.measure.by_turns`), and read the same random images.
 
     Args:
-        path: of the file; its network has one input and one output where there are peers.
+        path: of the file.
         batch: images in a call.
         threads: numbers of threads; default: 1, and as many as the process may use cores.
         isa: instruction sets; default: all of the machine.
         seconds: for each number of threads.
         peer_names: other engines, of `abste.bench.peers.PEERS`, or ``["all"]`` or ``["none"]``; default: the usual
-            ones.
+            ones, where the network has one input and one output.
         say: is told what is being done.
 
     Raises:
@@ -167,6 +170,8 @@ def bench(
     rng = np.random.default_rng(0)
     inputs = [rng.normal(size=(batch, *value.shape)).astype(np.float32) for value in first.inputs]
     notes: list[str] = []
+    if peer_names is None and (len(first.inputs), len(first.outputs)) != (1, 1):
+        wanted, notes = [], ["Other engines are left out: the network has several inputs or outputs."]
     timings: list[Timing] = []
     for count in threads:
         say(f"measuring with {count} thread{'s' * (count > 1)}: {', '.join([*networks, *(p.name for p in wanted)])}")
@@ -252,6 +257,11 @@ def _unit(seconds: float) -> tuple[str, float]:
     if seconds >= 1:
         return "s", 1
     return ("ms", 1e3) if seconds >= 1e-3 else ("us", 1e6)
+
+
+def _digits(number: float) -> str:
+    """Three digits or more, without an exponent."""
+    return f"{number:,.{0 if number >= 100 else 1 if number >= 10 else 2}f}"
 
 
 def _table(rows: Sequence[tuple[str, ...]], left: tuple[int, ...]) -> str:
