@@ -111,7 +111,7 @@ class Benchmark:
         own = [timing for timing in self.timings if timing.nodes]
         if not own:
             return ""
-        heads = [f"{x.engine.removeprefix('abste ')} x{x.threads}, us" for x in own]
+        heads = [f"{x.engine.removeprefix('abste ')} x{x.threads}" for x in own]
         rows: list[tuple[str, ...]] = [("layer", "operation", *heads, "share", "GOP/s")]
         first = np.array(own[0].nodes)
         for number, (name, operation, macs) in enumerate(self.nodes):
@@ -121,7 +121,7 @@ class Benchmark:
             rows.append((name or "-", operation, *times, f"{share:.0%}", f"{speed:,.0f}" if macs else "-"))
         return (
             _table(rows, left=(0, 1))
-            + f"\n(share and GOP/s: {heads[0].removesuffix(', us')}; a multiply-accumulate counts as two)"
+            + f"\n(microseconds; share and GOP/s: {heads[0]}; a multiply-accumulate counts as two)"
         )
 
     def _memory(self) -> str:
