@@ -144,8 +144,8 @@ typedef struct {
     void *buffer;
 } abste_trace;
 
-/* Told how far a run is: with ABSTE_NONE when the inputs stand in the arena, then with the index of each node that is done. For
- * measuring: the runtime has no clock, its caller has. */
+/* Told how far a run is, in the thread that called abste_run: with ABSTE_NONE when the inputs stand in the arena, then with the
+ * index of each node that is done. For measuring: the runtime has no clock, its caller has. */
 typedef void (*abste_progress)(void *observer, uint32_t node);
 
 typedef struct {
