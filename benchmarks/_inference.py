@@ -37,6 +37,7 @@ CASES = [
     "resnet18-32-w1a1",
 ]
 REST = 0.002
+LEAST = 7
 GAUGE_BOUND = 1.05
 RULE = (
     "A call counts if a fixed loop of about 0.1 ms, timed right before and right after it, took at most "
@@ -236,7 +237,8 @@ class Setting:
             self.whole()
         else:
             self.layers()
-        calls = measure.by_turns(self.functions, seconds, rest=REST if self.threads > 1 else 0.0, gauge=gauge)
+        rest = REST if self.threads > 1 else 0.0
+        calls = measure.by_turns(self.functions, seconds, least=LEAST, rest=rest, gauge=gauge)
         readings = sorted(call.gauge for found in calls.values() for call in found)
         bound = GAUGE_BOUND * readings[len(readings) // 10]
         timed = {name: self.timed(name, found, bound) for name, found in calls.items()}

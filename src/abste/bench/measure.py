@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-LEAST_ROUNDS, MOST_ROUNDS = 3, 5000
+MOST_ROUNDS = 5000
 
 
 class Spread(NamedTuple):
@@ -51,18 +51,19 @@ def by_turns(
     functions: Mapping[str, Callable[[], object]],
     seconds: float,
     *,
+    least: int = 3,
     rest: float = 0.0,
     gauge: Callable[[], float] | None = None,
 ) -> dict[str, list[Call]]:
     """Call functions in turn, there and back, so that noise meets all of them, until their time is used up.
 
     Each is called once before all; then twice in each of its turns, and timed the second time, with its weights in the
-    caches as in steady use. One that is slow drops out when it has had its share of the time, though not before it was
-    called a few times.
+    caches as in steady use. One that is slow drops out when it has had its share of the time and ``least`` turns.
 
     Args:
         functions: what to call, by name.
         seconds: for all of them together.
+        least: turns that each has in any case.
         rest: seconds to sleep before a turn, for threads of the one before to stop spinning.
         gauge: reads how disturbed the machine is; called before and after each timed call.
 
@@ -75,7 +76,7 @@ def by_turns(
     for function in functions.values():  # what is done once
         function()
     for number in range(MOST_ROUNDS):
-        names = [name for name in functions if number < LEAST_ROUNDS or used[name] < share]
+        names = [name for name in functions if number < least or used[name] < share]
         for name in names[:: 1 if number % 2 else -1]:
             if rest:
                 time.sleep(rest)
