@@ -70,10 +70,10 @@ def test_turns() -> None:
     functions = {"fast": call("fast", 0.001), "slow": call("slow", 0.02)}
     calls = measure.by_turns(functions, 0.3, gauge=lambda: float(next(readings)))
     assert order[:10] == ["fast", "slow", "slow", "slow", "fast", "fast", "fast", "fast", "slow", "slow"]
-    assert all(0.001 <= call.seconds < 0.02 for call in calls["fast"][:3])
+    assert all(call.seconds >= 0.001 for call in calls["fast"]) and min(calls["fast"]).seconds < 0.02
     assert all(call.seconds >= 0.02 for call in calls["slow"])
     # Both have about their share of the time, in calls that last twenty times as long.
-    assert len(calls["slow"]) < 8 < 3 * len(calls["slow"]) < len(calls["fast"])
+    assert len(calls["slow"]) < 8 < 2 * len(calls["slow"]) + 3 < len(calls["fast"])
     # The gauge was read before and after; the larger one counts.
     assert calls["slow"][0].gauge == 2 and calls["fast"][0].gauge == 4
 

@@ -175,9 +175,12 @@ def bench(
     timings: list[Timing] = []
     for count in threads:
         say(f"measuring with {count} thread{'s' * (count > 1)}: {', '.join([*networks, *(p.name for p in wanted)])}")
-        functions: dict[str, Callable[[], object]] = {
-            f"abste {name}": functools.partial(network, *inputs, threads=count) for name, network in networks.items()
-        }
+        functions: dict[str, Callable[[], object]] = {}
+        layers: dict[str, list[Any]] = {}  # of each call
+        for name, network in networks.items():
+            functions[f"abste {name}"] = functools.partial(network, *inputs, threads=count)
+            found = layers[f"abste {name}"] = []
+            functions[f"layers of {name}"] = functools.partial(_by_node, network, inputs, count, found)
         others: dict[str, peers.Run] = {}
         errors: dict[str, float] = {}
         if wanted:
@@ -187,13 +190,10 @@ def bench(
             notes += [note for note in left_out if note not in notes]
         functions |= others
         calls = measure.by_turns(functions, seconds, rest=REST if count > 1 else 0.0)
-        layers = {
-            name: _by_node(network, inputs, count, seconds / (4 * len(networks))) for name, network in networks.items()
-        }
-        for name in functions:
-            own = layers.get(name.removeprefix("abste "), [])
+        for name in (name for name in functions if not name.startswith("layers of ")):
             time = Spread.of([call.seconds for call in calls[name]])
-            timings.append(Timing(name, count, time, own, errors.get(name, 0.0)))
+            nodes = [float(x) for x in np.median(layers[name], axis=0)] if name in layers else []
+            timings.append(Timing(name, count, time, nodes, errors.get(name, 0.0)))
     shapes = ["x".join(map(str, value.shape)) for value in (first.inputs[0], first.outputs[0])]
     return Benchmark(
         file=Path(path).name,
@@ -213,16 +213,8 @@ def bench(
     )
 
 
-def _by_node(network: Network, inputs: list[Any], threads: int, seconds: float) -> list[float]:
-    """Medians of many profiles."""
-    runs: list[Any] = []
-    network.profile(*inputs, threads=threads)
-
-    def run() -> None:
-        runs.append(network.profile(*inputs, threads=threads).nodes)
-
-    measure.by_turns({"": run}, seconds)
-    return [float(x) for x in np.median(np.array(runs), axis=0)]
+def _by_node(network: Network, inputs: list[Any], threads: int, found: list[Any]) -> None:
+    found.append(network.profile(*inputs, threads=threads).nodes)
 
 
 _CHILD = """
