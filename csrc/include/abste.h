@@ -63,6 +63,7 @@ typedef struct {
     const uint8_t *values, *nodes, *steps, *blobs, *strings;
     const uint8_t *packed; /* see abste_pack */
     const void *variant;
+    uint32_t int8, scratch;
 } abste_model;
 
 /* Check a whole file and set up `model`, which keeps pointing into `data` (aligned to 4 bytes; 64 is faster).
@@ -80,7 +81,9 @@ ABSTE_API size_t abste_arena_bytes(const abste_model *model);
  * is found out when asked. */
 typedef enum {
     ABSTE_SCALAR = 0,
-    ABSTE_AVX512, /* with VPOPCNTDQ: Intel from Ice Lake, AMD from Zen 4 */
+    ABSTE_NEON,   /* 64-bit ARM: every such machine */
+    ABSTE_AVX2,   /* with F16C: Intel from Haswell, AMD from Zen */
+    ABSTE_AVX512, /* with VPOPCNTDQ and VNNI: Intel from Ice Lake, AMD from Zen 4 */
     ABSTE_ISA_COUNT
 } abste_isa;
 
@@ -88,15 +91,23 @@ typedef enum {
 ABSTE_API int abste_has(abste_isa isa);
 /* The fastest that it has. */
 ABSTE_API abste_isa abste_fastest(void);
-/* "scalar", "avx512"; NULL for a number that is none. */
+/* "scalar", "neon", "avx2", "avx512"; NULL for a number that is none. */
 ABSTE_API const char *abste_isa_name(abste_isa isa);
+
+/* Layers whose inputs, and float weights, may become integers of eight bits: faster, and no longer exact. The inputs of a layer share
+ * the scale of the image's largest, float weights have one per output channel; what comes out is the same bits on every instruction
+ * set. Convolutions with groups, and those of more than 2^17 terms, stay as they are. */
+#define ABSTE_INT8_BINARY 1u /* sign_conv: binary weights and float inputs */
+#define ABSTE_INT8_STEM 2u   /* conv that reads an input of the network */
+#define ABSTE_INT8_FLOAT 4u  /* every other conv */
 
 /* A freshly loaded model runs the scalar code and reads its weights where they are. The kernels of an instruction set want them
  * in an order of their own: abste_pack writes them once into memory of the caller's, of abste_packed_bytes bytes and aligned to
- * 64, which the model keeps pointing into. Call it before any thread runs the model. Returns ABSTE_OK, or
- * ABSTE_ERROR_ARGUMENT for an instruction set that the machine lacks or memory that is missing, too small or not aligned. */
-ABSTE_API size_t abste_packed_bytes(const abste_model *model, abste_isa isa);
-ABSTE_API abste_status abste_pack(abste_model *model, abste_isa isa, void *memory, size_t bytes);
+ * 64, which the model keeps pointing into. `int8` adds up ABSTE_INT8_..., or is 0. Call it before any thread runs the model, and ask
+ * for abste_arena_bytes after it. Returns ABSTE_OK, or ABSTE_ERROR_ARGUMENT for an instruction set that the machine lacks or memory
+ * that is missing, too small or not aligned. */
+ABSTE_API size_t abste_packed_bytes(const abste_model *model, abste_isa isa, uint32_t int8);
+ABSTE_API abste_status abste_pack(abste_model *model, abste_isa isa, uint32_t int8, void *memory, size_t bytes);
 
 /* A tensor of the network, for one image. `rank` is PyTorch's without the batch: 1 (c), 2 (c, w), 3 (c, h, w). */
 typedef struct {
@@ -108,10 +119,10 @@ typedef struct {
 
 /* A node: the module it came from, the operation, and sizes. `weight_bits` is 1, 16, 32 or 0; `weight_count` counts weights;
  * `macs` are multiply-accumulates for one image, padding included; `work` are those, or the numbers that a window of a pool
- * reads, or the numbers written: a measure of how long it takes. `out` is the value it writes (its float one if both). */
+ * reads, or the numbers written: a measure of how long it takes; `input_bits` is 1 or 32, or 8 after an abste_pack that said so. `out` is the value it writes (its float one if both). */
 typedef struct {
     const char *name, *operation;
-    uint32_t out, step_count, weight_bits, weight_count;
+    uint32_t out, step_count, weight_bits, weight_count, input_bits;
     uint64_t macs, work;
 } abste_node_info;
 

@@ -7,15 +7,40 @@
 #ifdef ABSTE_X86
 #include <immintrin.h>
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vpopcntdq,bmi2")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vpopcntdq,avx512vnni,bmi2")))
+#define LANES 16
+#define FROM_HALVES(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)(p)))
+#define LESS(a, b) _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ)
+#define AT_LEAST(a, b) _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ)
+#define AT_LEAST_INTEGER(a, b) _mm512_cmpge_epi32_mask((__m512i)(a), (__m512i)(b))
+#define SELECT(mask, a, b) _mm512_mask_blend_ps(mask, b, a)
+#define WHERE_NOT(mask, v) _mm512_mask_mov_ps(v, mask, _mm512_setzero_ps())
+#define SET_BITS(mask) (uint32_t)(mask)
+#define LOAD_FEW(p, some) _mm512_maskz_loadu_ps((__mmask16)((1u << (some)) - 1), p)
+#define STORE_FEW(p, v, some) _mm512_mask_storeu_ps(p, (__mmask16)((1u << (some)) - 1), v)
 
 size_t abste_xnor_bytes_avx512(const abste_model *model, const abste_node_record *node);
 void abste_xnor_pack_avx512(const abste_model *model, const abste_node_record *node, void *memory);
 void abste_xnor_avx512(const abste_job *job, uint32_t y, uint32_t o, uint32_t n);
+size_t abste_conv_bytes_avx512(const abste_model *model, const abste_node_record *node);
+void abste_conv_pack_avx512(const abste_model *model, const abste_node_record *node, void *memory);
 void abste_conv_avx512(const abste_job *job, uint32_t y, uint32_t o, uint32_t n);
 size_t abste_sign_conv_bytes_avx512(const abste_model *model, const abste_node_record *node);
 void abste_sign_conv_pack_avx512(const abste_model *model, const abste_node_record *node, void *memory);
 void abste_sign_conv_avx512(const abste_job *job, uint32_t y, uint32_t o, uint32_t n);
+size_t abste_int8_bytes_avx512(const abste_model *model, const abste_node_record *node);
+void abste_int8_pack_avx512(const abste_job *job, void *memory);
+void abste_int8_most_avx512(const abste_job *job, uint32_t y);
+void abste_int8_row_avx512(const abste_job *job, uint32_t y);
+void abste_int8_avx512(const abste_job *job, uint32_t y, uint32_t o, uint32_t n);
+
+/* A number that all lanes share, read from memory by the operation itself: that is free, while a broadcast to a register, which
+ * compilers make of it when it is used twice, takes the place of an addition. */
+TARGET static inline __m512 times_shared(__m512 lanes, const float *number) {
+    __m512 result;
+    __asm__("vmulps %2%{1to16%}, %1, %0" : "=v"(result) : "v"(lanes), "m"(*number));
+    return result;
+}
 
 /* Pairs of a threshold and its direction, taken apart. */
 TARGET static inline void thresholds(const int32_t *pairs, __mmask16 some, __m512i *t, __m512i *d) {

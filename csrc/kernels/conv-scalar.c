@@ -4,7 +4,7 @@
 
 #include <string.h>
 
-static float from_half(uint16_t half) {
+float abste_from_half(uint16_t half) {
     const uint32_t sign = (uint32_t)(half & 0x8000) << 16, exponent = half >> 10 & 31, fraction = half & 1023;
     uint32_t pattern;
     float number;
@@ -36,19 +36,17 @@ void abste_conv_scalar(const abste_job *job, uint32_t y, uint32_t x, uint32_t o,
             const float *in = job->in + (r * job->W + s) * job->C;
             for (uint32_t k = 0; k < per_group; ++k) {
                 const size_t at = (((size_t)i * node->kernel[1] + j) * per_group + k) * job->c + o;
-                if (job->half) {
-                    const uint16_t *weight = (const uint16_t *)job->weight + at;
-                    for (uint32_t m = 0; m < n; ++m)
-                        f[m] += in[(o + m) / outputs * per_group + k] * from_half(weight[m]);
-                } else if (groups == 1) {
-                    const float *weight = (const float *)job->weight + at;
-                    const float number = in[k];
-                    for (uint32_t m = 0; m < n; ++m)
-                        f[m] += number * weight[m];
-                } else {
-                    const float *weight = (const float *)job->weight + at;
-                    for (uint32_t m = 0; m < n; ++m)
-                        f[m] += in[(o + m) / outputs * per_group + k] * weight[m];
+                for (uint32_t first = 0; first < n;) { /* the outputs of a group read the same number */
+                    const uint32_t group = (o + first) / outputs, left = (group + 1) * outputs - (o + first);
+                    const uint32_t end = first + (left < n - first ? left : n - first);
+                    const float number = in[group * per_group + k];
+                    if (job->half)
+                        for (uint32_t m = first; m < end; ++m)
+                            f[m] += number * abste_from_half(((const uint16_t *)job->weight)[at + m]);
+                    else
+                        for (uint32_t m = first; m < end; ++m)
+                            f[m] += number * ((const float *)job->weight)[at + m];
+                    first = end;
                 }
             }
         }

@@ -46,8 +46,13 @@ static int64_t counted(const abste_job *job, int64_t start, abste_range inside, 
     return (end < limit ? end : limit) - start;
 }
 
-void abste_average_pool_scalar(const abste_job *job, uint32_t y, uint32_t x, uint32_t o, uint32_t n, abste_sums *sums) {
+float abste_pool_divisor(const abste_job *job, int64_t row, int64_t column, abste_range i, abste_range j) {
     const abste_node_record *node = job->node;
+    return (float)(counted(job, row, i, node->kernel[0], job->H, node->padding[2]) *
+                   counted(job, column, j, node->kernel[1], job->W, node->padding[3]));
+}
+
+void abste_average_pool_scalar(const abste_job *job, uint32_t y, uint32_t x, uint32_t o, uint32_t n, abste_sums *sums) {
     const window_place at = place(job, y, x);
     for (uint32_t k = 0; k < n; ++k)
         sums->f[k] = 0;
@@ -57,8 +62,7 @@ void abste_average_pool_scalar(const abste_job *job, uint32_t y, uint32_t x, uin
             for (uint32_t k = 0; k < n; ++k)
                 sums->f[k] += in[k];
         }
-    const float divisor = (float)(counted(job, at.row, at.i, node->kernel[0], job->H, node->padding[2]) *
-                                  counted(job, at.column, at.j, node->kernel[1], job->W, node->padding[3]));
+    const float divisor = abste_pool_divisor(job, at.row, at.column, at.i, at.j);
     for (uint32_t k = 0; k < n; ++k)
         sums->f[k] /= divisor;
 }

@@ -1,32 +1,10 @@
-/* xnor for AVX-512 with VPOPCNTDQ: seven pixels by two registers of sixteen channels, or four by four.
- *
- * A lane of a register is one output channel: 32 of its weights meet 32 input bits that all lanes share. The weights of a block of
- * 64 channels lie tap after tap, word after word, 64 words each, so that the kernel reads them from front to back.
- */
+/* xnor for AVX-512 with VPOPCNTDQ: seven pixels by two registers of sixteen channels. */
 #include "avx512.h"
 
 #ifdef ABSTE_X86
+#include "steps.h"
+#include "xnor.h"
 
-/* Taps of one row of the kernel that lie next to each other in the input, and so in the weight. */
-typedef struct {
-    const uint32_t *in, *weight;
-    uint32_t words;
-} run_of_taps;
-
-#define MOST_RUNS 64u
-
-/* Where sums go: through thresholds to bits, if there are any, or to `sums`. */
-typedef struct {
-    abste_sums *sums;
-    const int32_t *thresholds; /* pairs, from the first channel of 32 on */
-    uint32_t *bits;            /* the word of those 32 channels of the first pixel; `words` further is the next pixel */
-    size_t words;
-    uint32_t some; /* a bit for each of the 32 channels that exists */
-    uint32_t first;
-} destination;
-
-/* `taps` - 2 (set bits of input ^ weight) for P pixels, `step` words apart, and two registers of channels; the weights of a word
- * lie together, BLOCK of them. */
 #define KERNEL(P)                                                                                                               \
     TARGET static void count_##P(const run_of_taps *runs, uint32_t count, size_t step, int32_t taps, const destination *to) {   \
         __m512i total[P][2];                                                                                                    \
@@ -57,6 +35,21 @@ typedef struct {
                 const uint32_t low = _mm512_cmpge_epi32_mask(s0, t[0]), high = _mm512_cmpge_epi32_mask(s1, t[1]);               \
                 to->bits[p * to->words] = (low | high << 16) & to->some;                                                        \
             }                                                                                                                   \
+        } else if (to->job) {                                                                                                   \
+            uint32_t set[P] = {0};                                                                                              \
+            UNROLL for (int o = 0; o < 2; ++o) {                                                                                \
+                if (to->some >> 16 * o == 0)                                                                                    \
+                    break;                                                                                                      \
+                const uint32_t some = to->channels - 16 * o < 16 ? to->channels - 16 * o : 16;                                  \
+                lanes v[P];                                                                                                     \
+                UNROLL for (int p = 0; p < P; ++p) v[p] = _mm512_cvtepi32_ps(total[p][o]);                                      \
+                step_lanes(to->job, to->y, to->x, to->o + 16 * o, some, P, v);                                                  \
+                store_pixels(to->job, to->y, to->x, to->o + 16 * o, some, P, v);                                                \
+                UNROLL for (int p = 0; p < P; ++p)                                                                              \
+                    set[p] |= (uint32_t)_mm512_cmp_ps_mask(v[p], _mm512_setzero_ps(), _CMP_GE_OQ) << 16 * o;                    \
+            }                                                                                                                   \
+            if (to->bits)                                                                                                       \
+                UNROLL for (int p = 0; p < P; ++p) to->bits[p * to->words] = set[p] & to->some;                                 \
         } else {                                                                                                                \
             UNROLL for (int p = 0; p < P; ++p) UNROLL for (int o = 0; o < 2; ++o)                                               \
                 _mm512_store_si512(to->sums[p].i + to->first + 16 * o, total[p][o]);                                            \
@@ -71,87 +64,11 @@ KERNEL(5)
 KERNEL(6)
 KERNEL(7)
 
-typedef void (*counter)(const run_of_taps *, uint32_t, size_t, int32_t, const destination *);
 static const counter COUNTERS[8] = {NULL, count_1, count_2, count_3, count_4, count_5, count_6, count_7};
-#define MOST_PIXELS 7u
 
-size_t abste_xnor_bytes_avx512(const abste_model *model, const abste_node_record *node) {
-    const uint32_t taps = (uint32_t)node->kernel[0] * node->kernel[1];
-    if (node->groups != 1 || taps > MOST_RUNS)
-        return 0;
-    const uint64_t blocks = (written_by(model, node)->c + BLOCK - 1) / BLOCK;
-    return (size_t)(blocks * BLOCK * taps * words_of(value_at(model, node->in0)->c) * sizeof(uint32_t));
-}
+size_t abste_xnor_bytes_avx512(const abste_model *model, const abste_node_record *node) { return xnor_bytes(model, node); }
 
-/* Bits beyond the channels are zero, as they are in the input, and count for nothing; so do lanes beyond the last channel. */
-void abste_xnor_pack_avx512(const abste_model *model, const abste_node_record *node, void *memory) {
-    const uint32_t C = value_at(model, node->in0)->c, c = written_by(model, node)->c;
-    const uint32_t taps = (uint32_t)node->kernel[0] * node->kernel[1], words = words_of(C);
-    const uint32_t *weight = blob_data(model, node->weight);
-    uint32_t *out = memory;
-    for (uint32_t o = 0; o < c; o += BLOCK)
-        for (uint32_t tap = 0; tap < taps; ++tap)
-            for (uint32_t word = 0; word < words; ++word)
-                for (uint32_t m = 0; m < BLOCK; ++m) {
-                    const uint32_t left = C - 32 * word, count = left < 32 ? left : 32;
-                    const uint64_t at = ((uint64_t)(o + m) * taps + tap) * C + 32 * word;
-                    *out++ = o + m < c ? bits_at(weight, at, count) : 0;
-                }
-}
+void abste_xnor_pack_avx512(const abste_model *model, const abste_node_record *node, void *memory) { xnor_pack(model, node, memory); }
 
-void abste_xnor_avx512(const abste_job *job, uint32_t y, uint32_t o, uint32_t n) {
-    const abste_node_record *node = job->node;
-    const uint32_t kh = node->kernel[0], kw = node->kernel[1], words = job->words;
-    const uint32_t *weights = (const uint32_t *)job->packed + (size_t)o * kh * kw * words;
-    const int64_t row = (int64_t)y * node->stride[0] - node->padding[0];
-    const abste_range is = taps_inside(row, kh, node->dilation[0], job->H);
-    const size_t step = (size_t)node->stride[1] * words;
-    _Alignas(64) abste_sums sums[MOST_PIXELS];
-    destination to = {.sums = sums, .words = words_of(job->c)};
-    const int32_t *pairs = NULL;
-    if (node->step_count && step_at(job->model, node->first_step)->kind == STEP_THRESHOLD && !job->arguments->trace_count)
-        pairs = (const int32_t *)blob_data(job->model, step_at(job->model, node->first_step)->a) + 2 * (size_t)o;
-    for (uint32_t x = 0; x < job->w;) {
-        const int64_t column = (int64_t)x * node->stride[1] - node->padding[1];
-        const abste_range js = taps_inside(column, kw, node->dilation[1], job->W);
-        const uint32_t pixels = pixels_alike(job, column, js, job->w - x);
-        if (node->pad_value && (is.first || is.last < kh || js.first || js.last < kw)) {
-            for (uint32_t p = 0; p < pixels; ++p) { /* taps outside count here */
-                job->kernel(job, y, x + p, o, n, sums);
-                job->finish(job, y, x + p, 1, o, n, sums);
-            }
-            x += pixels;
-            continue;
-        }
-        run_of_taps runs[MOST_RUNS];
-        uint32_t count = 0;
-        const uint32_t together = node->dilation[1] == 1 ? js.last - js.first : 1; /* taps of a row that follow each other */
-        for (uint32_t i = is.first; i < is.last; ++i)
-            for (uint32_t j = js.first; j < js.last; j += together) {
-                const size_t r = (size_t)(row + (int64_t)i * node->dilation[0]);
-                const size_t s = (size_t)(column + (int64_t)j * node->dilation[1]);
-                runs[count].in = job->bits + (r * job->W + s) * words;
-                runs[count].weight = weights + ((size_t)i * kw + j) * words * BLOCK;
-                runs[count++].words = together * words;
-            }
-        const int32_t taps = (int32_t)((is.last - is.first) * (js.last - js.first) * job->C);
-        for (const uint32_t end = x + pixels; x < end;) {
-            const uint32_t some = end - x < MOST_PIXELS ? end - x : MOST_PIXELS;
-            for (uint32_t first = 0; first < n; first += 32) {
-                to.first = first;
-                if (pairs) {
-                    to.thresholds = pairs + 2 * first;
-                    to.bits = job->out_bits + ((size_t)y * job->w + x) * to.words + (o + first) / 32;
-                    to.some = n - first < 32 ? (1u << (n - first)) - 1 : 0xFFFFFFFFu;
-                }
-                COUNTERS[some](runs, count, step, taps, &to);
-            }
-            if (!pairs)
-                job->finish(job, y, x, some, o, n, sums);
-            for (uint32_t r = 0; r < count; ++r)
-                runs[r].in += some * step;
-            x += some;
-        }
-    }
-}
+void abste_xnor_avx512(const abste_job *job, uint32_t y, uint32_t o, uint32_t n) { xnor_row(job, y, o, n, COUNTERS, 7, 32, 1); }
 #endif

@@ -29,11 +29,29 @@
 #include <unistd.h>
 #endif
 
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
 #include "abste.h"
 
 namespace nb = nanobind;
 
 namespace {
+
+// A moment of looking whether something has come true, before a thread goes to sleep: waking it takes longer than many a node.
+template <class Condition> bool soon(Condition condition) {
+    for (int k = 0; k < 4000; ++k) {
+        if (condition())
+            return true;
+#if defined(__x86_64__) || defined(_M_X64)
+        _mm_pause();
+#elif defined(__aarch64__) && !defined(_MSC_VER)
+        __asm__ __volatile__("yield");
+#endif
+    }
+    return false;
+}
 
 // Threads that wait for work. One call uses them at a time; a second one that comes meanwhile works alone.
 class Pool {
@@ -54,7 +72,7 @@ class Pool {
             limit_ = threads;
             while (workers_.size() + 1 < threads) {
                 const unsigned number = static_cast<unsigned>(workers_.size());
-                const uint64_t seen = generation_; // read here: the thread may start after the next call began
+                const uint64_t seen = state_ / JOB; // read here: the thread may start after the next call began
                 workers_.emplace_back([this, number, seen] { work(number, seen); });
             }
         }
@@ -65,29 +83,36 @@ class Pool {
         static_cast<Pool *>(self)->run(count, task, argument);
     }
 
+    // Whoever is awake takes part, and nobody is waited for who has not begun: another program may have the core.
     void run(uint32_t count, abste_task task, void *argument) {
         if (count < 2 || limit_ < 2) {
             if (count)
                 task(argument, 0, count);
             return;
         }
+        task_ = task;
+        argument_ = argument;
+        count_ = count;
+        chunk_ = count / (4 * limit_) ? count / (4 * limit_) : 1;
+        next_ = 0;
         {
             std::lock_guard<std::mutex> lock(mutex_);
-            task_ = task;
-            argument_ = argument;
-            count_ = count;
-            chunk_ = count / (4 * limit_) ? count / (4 * limit_) : 1;
-            next_.store(0);
-            busy_ = limit_ - 1;
-            ++generation_;
+            state_ = (state_ / JOB + 1) * JOB + OPEN;
         }
         wake_.notify_all();
         parts();
+        state_ -= OPEN;
+        const auto alone = [this] { return state_ % OPEN == 0; };
+        if (soon(alone))
+            return;
         std::unique_lock<std::mutex> lock(mutex_);
-        done_.wait(lock, [this] { return busy_ == 0; });
+        done_.wait(lock, alone);
     }
 
   private:
+    // The state counts jobs, says whether one may be joined, and counts the workers that are at it.
+    static constexpr uint64_t OPEN = uint64_t{1} << 32, JOB = 2 * OPEN;
+
     void parts() {
         for (;;) {
             const uint64_t begin = next_.fetch_add(chunk_);
@@ -100,16 +125,23 @@ class Pool {
 
     void work(unsigned number, uint64_t seen) {
         for (;;) {
-            std::unique_lock<std::mutex> lock(mutex_);
-            wake_.wait(lock, [&] { return generation_ != seen; });
-            seen = generation_;
-            if (number + 1 >= limit_)
+            const auto called = [&] { return state_ / JOB != seen; };
+            if (!soon(called)) {
+                std::unique_lock<std::mutex> lock(mutex_);
+                wake_.wait(lock, called);
+            }
+            uint64_t state = state_;
+            bool joined = false;
+            while (state / OPEN % 2 && number + 1 < limit_ && !joined)
+                joined = state_.compare_exchange_weak(state, state + 1);
+            seen = state / JOB;
+            if (!joined)
                 continue;
-            lock.unlock();
             parts();
-            lock.lock();
-            if (--busy_ == 0)
+            if (--state_ % JOB == 0) {
+                { std::lock_guard<std::mutex> lock(mutex_); }
                 done_.notify_one();
+            }
         }
     }
 
@@ -117,12 +149,11 @@ class Pool {
     std::mutex taken_, mutex_;
     std::condition_variable wake_, done_;
     std::vector<std::thread> workers_;
-    uint64_t generation_ = 0;
-    unsigned limit_ = 1, busy_ = 0;
+    std::atomic<uint64_t> state_{0}, next_{0};
+    std::atomic<unsigned> limit_{1};
     abste_task task_ = nullptr;
     void *argument_ = nullptr;
     uint64_t count_ = 0, chunk_ = 1;
-    std::atomic<uint64_t> next_{0};
 };
 
 struct Free {
@@ -165,13 +196,13 @@ class Model {
     }
 
     // Memory that pack wants for the kernels of an instruction set of this machine.
-    size_t packed_bytes(const std::string &name) const { return abste_packed_bytes(&model_, isa(name)); }
+    size_t packed_bytes(const std::string &name, uint32_t int8) const { return abste_packed_bytes(&model_, isa(name), int8); }
 
     // Once, before anything runs.
-    void pack(const std::string &name) {
-        const size_t bytes = packed_bytes(name);
+    void pack(const std::string &name, uint32_t int8) {
+        const size_t bytes = packed_bytes(name, int8);
         packed_ = allocate(bytes);
-        if (abste_pack(&model_, isa(name), packed_.get(), bytes) != ABSTE_OK)
+        if (abste_pack(&model_, isa(name), int8, packed_.get(), bytes) != ABSTE_OK)
             throw nb::value_error("the weights could not be packed");
     }
 
@@ -191,7 +222,7 @@ class Model {
         return list;
     }
 
-    // (name, operation, shape of what it writes, names of its steps, bits of a weight, weights, macs, work)
+    // (name, operation, shape of what it writes, names of its steps, bits of a weight, weights, macs, work, bits of an input)
     nb::list nodes() const {
         nb::list list;
         for (uint32_t i = 0; i < abste_node_count(&model_); ++i) {
@@ -201,7 +232,7 @@ class Model {
             for (uint32_t step = 0; step < info.step_count; ++step)
                 steps.append(text(abste_step_name(&model_, i, step)));
             list.append(nb::make_tuple(text(info.name), nb::str(info.operation), value(info.out), nb::tuple(steps),
-                                       info.weight_bits, info.weight_count, info.macs, info.work));
+                                       info.weight_bits, info.weight_count, info.macs, info.work, info.input_bits));
         }
         return list;
     }
@@ -390,10 +421,13 @@ NB_MODULE(_native, module) {
                 names.append(abste_isa_name(static_cast<abste_isa>(i)));
         return names;
     });
+    module.attr("INT8_BINARY") = ABSTE_INT8_BINARY;
+    module.attr("INT8_STEM") = ABSTE_INT8_STEM;
+    module.attr("INT8_FLOAT") = ABSTE_INT8_FLOAT;
     nb::class_<Model>(module, "Model")
         .def(nb::init<Bytes>())
-        .def("packed_bytes", &Model::packed_bytes, nb::arg("isa"))
-        .def("pack", &Model::pack, nb::arg("isa"))
+        .def("packed_bytes", &Model::packed_bytes, nb::arg("isa"), nb::arg("int8"))
+        .def("pack", &Model::pack, nb::arg("isa"), nb::arg("int8"))
         .def_prop_ro("arena_bytes", &Model::arena_bytes)
         .def_prop_ro("inputs", &Model::inputs)
         .def_prop_ro("outputs", &Model::outputs)

@@ -8,6 +8,9 @@
 #if !defined(ABSTE_SCALAR_ONLY) && (defined(__x86_64__) || defined(_M_X64)) && (defined(__GNUC__) || defined(__clang__))
 #define ABSTE_X86
 #endif
+#if !defined(ABSTE_SCALAR_ONLY) && defined(__aarch64__) && (defined(__GNUC__) || defined(__clang__))
+#define ABSTE_ARM
+#endif
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "abste reads little-endian files in place and does not run on big-endian machines"
@@ -110,6 +113,16 @@ typedef union {
 
 typedef struct abste_job abste_job;
 
+/* A step whose operands have been looked up: numbers of channel 0, and of a value those of pixel 0, `next` before those of the next. */
+typedef struct {
+    uint32_t kind;
+    float p, q;
+    const float *a, *b;
+    size_t next;
+} abste_step;
+
+#define MOST_STEPS 16u /* nodes with more are left to the scalar code */
+
 /* The sums of channels [o, o + n) of the output pixel (y, x); n is at most BLOCK. */
 typedef void (*abste_kernel)(const abste_job *job, uint32_t y, uint32_t x, uint32_t o, uint32_t n, abste_sums *sums);
 
@@ -131,8 +144,14 @@ struct abste_job {
     const void *packed; /* the weight in the order of a variant, or NULL */
     abste_kernel kernel;
     abste_row_kernel row; /* instead of kernel, if not NULL */
-    int whole;            /* it takes all channels at once */
+    uint32_t block;       /* channels that row or kernel takes at once: BLOCK, or a multiple of it, or all */
     void (*finish)(const abste_job *job, uint32_t y, uint32_t x, uint32_t pixels, uint32_t o, uint32_t n, abste_sums *sums);
+    /* Of a node whose inputs are integers of eight bits: them, bytes of a row of them, what one of them is worth, what inputs are
+     * multiplied with, and the largest of each row of inputs. */
+    uint8_t *eight;
+    size_t eight_row;
+    float eight_scale, eight_times, *row_most;
+    const abste_step *steps;
     uint32_t number;        /* of the node */
     float *out;
     uint32_t *out_bits;
@@ -154,17 +173,48 @@ typedef struct {
     /* Bytes of a node's weight in the order of this variant, a multiple of 64; 0 where the scalar kernel serves. */
     size_t (*packed_bytes)(const abste_model *model, const abste_node_record *node);
     void (*pack)(const abste_model *model, const abste_node_record *node, void *memory);
-    /* Whether rows[op] serves a node although it has no weight of that order. */
-    int (*in_place)(const abste_node_record *node);
+    /* What serves a node that has no weight in an order of this variant, or NULL. */
+    abste_row_kernel (*in_place)(const abste_model *model, const abste_node_record *node);
     abste_row_kernel rows[OP_COUNT];
-    uint8_t whole[OP_COUNT]; /* rows[op] takes all channels at once, not BLOCK at a time */
-    /* Sends the sums of neighbouring pixels, sums[0], sums[1]..., through the steps of the node, and stores what it writes.
-     * Never called with traces. */
+    uint8_t whole[OP_COUNT]; /* rows[op] wants many channels at once, not BLOCK: it prepares something for them from its inputs */
+    /* Convolutions with inputs of eight bits, where there is such a kernel: as above, and what turns a row of inputs into them. */
+    struct {
+        size_t (*packed_bytes)(const abste_model *model, const abste_node_record *node);
+        void (*pack)(const abste_job *job, void *memory);
+        void (*most)(const abste_job *job, uint32_t y);
+        void (*inputs)(const abste_job *job, uint32_t y);
+        abste_row_kernel row;
+    } int8;
+    /* Sends the sums of neighbouring pixels, sums[0], sums[1]..., through job->steps, and stores what it writes.
+     * Never called with traces, nor where there are more than MOST_STEPS. */
     void (*finish)(const abste_job *job, uint32_t y, uint32_t x, uint32_t pixels, uint32_t o, uint32_t n, abste_sums *sums);
 } abste_variant;
 
+/* Whether a node's inputs become integers of eight bits, if `which` are to; and the memory for them. */
+int abste_int8(const abste_model *model, uint32_t which, const abste_node_record *node);
+uint64_t abste_int8_scratch(const abste_model *model, const abste_node_record *node);
+/* What kernels share: a float weight of any type, the scale of an output channel's, and a float as an integer. */
+float abste_weight(const abste_job *job, size_t at);
+float abste_int8_scale(const abste_job *job, uint32_t o, float *times);
+int8_t abste_int8_of(float number, float times);
+float abste_from_half(uint16_t half);
+size_t abste_int8_bytes_scalar(const abste_model *model, const abste_node_record *node);
+void abste_int8_pack_scalar(const abste_job *job, void *memory);
+void abste_int8_most_scalar(const abste_job *job, uint32_t y);
+void abste_int8_row_scalar(const abste_job *job, uint32_t y);
+void abste_int8_scalar(const abste_job *, uint32_t, uint32_t, uint32_t, uint32_t, abste_sums *);
+
+/* Bytes of a node's weight in the order of the model's kernels, a multiple of 64. */
+size_t abste_node_packed_bytes(const abste_model *model, const abste_variant *variant, uint32_t int8, const abste_node_record *node);
+/* The sizes and the weight of a node. */
+abste_job abste_job_of(const abste_model *model, const abste_node_record *node);
+
 #ifdef ABSTE_X86
+extern const abste_variant abste_variant_avx2;
 extern const abste_variant abste_variant_avx512;
+#endif
+#ifdef ABSTE_ARM
+extern const abste_variant abste_variant_neon;
 #endif
 
 void abste_finish_scalar(const abste_job *job, uint32_t y, uint32_t x, uint32_t pixels, uint32_t o, uint32_t n, abste_sums *sums);
@@ -209,6 +259,8 @@ static inline abste_range taps_inside(int64_t start, uint32_t count, uint32_t di
     }
     return range;
 }
+
+float abste_pool_divisor(const abste_job *job, int64_t row, int64_t column, abste_range i, abste_range j);
 
 /* How many pixels in a row, at most `most`, have the same taps inside as the first, whose tap 0 lies at `column` and whose taps `js`
  * are inside: all that have every tap inside, or the first alone. */

@@ -4,26 +4,38 @@
 #ifdef ABSTE_X86
 #include <cpuid.h>
 
-static int has_avx512(void) {
-    unsigned a, b, c, d;
-    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE))
+/* Whether the processor has what cpuid 1 tells in c, and the system saves these registers; cpuid 7 is left in b and c. */
+static int has(unsigned features, unsigned registers, unsigned *b, unsigned *c) {
+    unsigned a, d;
+    if (!__get_cpuid(1, &a, b, c, &d) || !(*c & bit_OSXSAVE) || (*c & features) != features)
         return 0;
     unsigned low, high;
     __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    if ((low & 0xE6) != 0xE6) /* the system saves the registers */
-        return 0;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d))
+    return (low & registers) == registers && __get_cpuid_count(7, 0, &a, b, c, &d);
+}
+
+static int has_avx2(void) {
+    unsigned b, c;
+    return has(bit_AVX | bit_F16C, 0x6, &b, &c) && (b & bit_AVX2);
+}
+
+static int has_avx512(void) {
+    unsigned b, c;
+    if (!has(bit_AVX, 0xE6, &b, &c))
         return 0;
     const unsigned needed = bit_BMI2 | bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
-    return (b & needed) == needed && (c & bit_AVX512VPOPCNTDQ);
+    return (b & needed) == needed && (c & bit_AVX512VPOPCNTDQ) && (c & bit_AVX512VNNI);
 }
 #endif
 
 static const abste_variant *const VARIANTS[ABSTE_ISA_COUNT] = {
+    [ABSTE_SCALAR] = NULL,
+#ifdef ABSTE_ARM
+    [ABSTE_NEON] = &abste_variant_neon,
+#endif
 #ifdef ABSTE_X86
+    [ABSTE_AVX2] = &abste_variant_avx2,
     [ABSTE_AVX512] = &abste_variant_avx512,
-#else
-    NULL
 #endif
 };
 
@@ -31,7 +43,13 @@ int abste_has(abste_isa isa) {
     switch (isa) {
     case ABSTE_SCALAR:
         return 1;
+#ifdef ABSTE_ARM
+    case ABSTE_NEON:
+        return 1;
+#endif
 #ifdef ABSTE_X86
+    case ABSTE_AVX2:
+        return has_avx2();
     case ABSTE_AVX512:
         return has_avx512();
 #endif
@@ -48,31 +66,50 @@ abste_isa abste_fastest(void) {
 }
 
 const char *abste_isa_name(abste_isa isa) {
-    static const char *const names[ABSTE_ISA_COUNT] = {"scalar", "avx512"};
+    static const char *const names[ABSTE_ISA_COUNT] = {"scalar", "neon", "avx2", "avx512"};
     return (unsigned)isa < ABSTE_ISA_COUNT ? names[isa] : NULL;
 }
 
-size_t abste_packed_bytes(const abste_model *model, abste_isa isa) {
+size_t abste_node_packed_bytes(const abste_model *model, const abste_variant *variant, uint32_t int8, const abste_node_record *node) {
+    size_t bytes = 0;
+    if (abste_int8(model, int8, node))
+        bytes = (variant && variant->int8.row ? variant->int8.packed_bytes : abste_int8_bytes_scalar)(model, node);
+    else if (variant)
+        bytes = variant->packed_bytes(model, node);
+    return (bytes + 63) / 64 * 64;
+}
+
+size_t abste_packed_bytes(const abste_model *model, abste_isa isa, uint32_t int8) {
     const abste_variant *variant = abste_isa_name(isa) ? VARIANTS[isa] : NULL;
     size_t bytes = 0;
-    for (uint32_t i = 0; variant && i < model->node_count; ++i)
-        bytes += variant->packed_bytes(model, node_at(model, i));
+    for (uint32_t i = 0; i < model->node_count; ++i)
+        bytes += abste_node_packed_bytes(model, variant, int8, node_at(model, i));
     return bytes;
 }
 
-abste_status abste_pack(abste_model *model, abste_isa isa, void *memory, size_t bytes) {
-    const size_t needed = abste_packed_bytes(model, isa);
+abste_status abste_pack(abste_model *model, abste_isa isa, uint32_t int8, void *memory, size_t bytes) {
+    const size_t needed = abste_packed_bytes(model, isa, int8);
     if (!abste_has(isa) || bytes < needed || (needed && (!memory || (uintptr_t)memory % 64)))
         return ABSTE_ERROR_ARGUMENT;
     const abste_variant *variant = VARIANTS[isa];
     uint8_t *at = memory;
-    for (uint32_t i = 0; variant && i < model->node_count; ++i) {
-        const size_t size = variant->packed_bytes(model, node_at(model, i));
-        if (size)
-            variant->pack(model, node_at(model, i), at);
+    model->scratch = 0;
+    for (uint32_t i = 0; i < model->node_count; ++i) {
+        const abste_node_record *node = node_at(model, i);
+        const size_t size = abste_node_packed_bytes(model, variant, int8, node);
+        if (abste_int8(model, int8, node)) {
+            const uint32_t scratch = (uint32_t)abste_int8_scratch(model, node);
+            model->scratch = scratch > model->scratch ? scratch : model->scratch;
+            const abste_job job = abste_job_of(model, node);
+            if (size)
+                (variant && variant->int8.row ? variant->int8.pack : abste_int8_pack_scalar)(&job, at);
+        } else if (size) {
+            variant->pack(model, node, at);
+        }
         at += size;
     }
     model->packed = needed ? memory : NULL;
     model->variant = variant;
+    model->int8 = int8;
     return ABSTE_OK;
 }

@@ -416,6 +416,7 @@ abste_status abste_load(abste_model *model, const void *data, size_t bytes, uint
     model->metadata = header_u32(file, 56);
     model->packed = NULL;
     model->variant = NULL;
+    model->int8 = model->scratch = 0;
     if (model->value_count > MAX_VALUES || model->node_count > MAX_NODES || model->step_count > MAX_STEPS ||
         model->blob_count > MAX_BLOBS || model->input_count == 0 || model->input_count > model->value_count ||
         model->arena_bytes % 64 || header_u32(file, 60))
@@ -445,7 +446,7 @@ const char *abste_message(abste_status status) {
     return (unsigned)status < sizeof messages / sizeof *messages ? messages[status] : "unknown status";
 }
 
-size_t abste_arena_bytes(const abste_model *model) { return model->arena_bytes; }
+size_t abste_arena_bytes(const abste_model *model) { return (size_t)model->arena_bytes + model->scratch; }
 uint32_t abste_input_count(const abste_model *model) { return model->input_count; }
 uint32_t abste_output_count(const abste_model *model) { return model->output_count; }
 uint32_t abste_value_count(const abste_model *model) { return model->value_count; }
@@ -486,6 +487,7 @@ int abste_node(const abste_model *model, uint32_t i, abste_node_info *info) {
     info->operation = names[node->op];
     info->out = node->out != ABSTE_NONE ? node->out : node->bits;
     info->step_count = node->step_count;
+    info->input_bits = value_at(model, node->in0)->kind == ABSTE_BITS ? 1 : abste_int8(model, model->int8, node) ? 8 : 32;
     info->weight_bits = info->weight_count = 0;
     info->macs = 0;
     if (node->weight != ABSTE_NONE) {

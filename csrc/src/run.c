@@ -85,10 +85,12 @@ void abste_apply_scalar(const abste_job *job, const abste_step_record *step, uin
         for (uint32_t k = 0; k < n; ++k)
             v[k] += a[k];
         break;
-    case STEP_RELU:
+    case STEP_RELU: {
+        const float zero = step->p; /* so that compilers do not know: of v < 0 ? 0 : v clang 14 makes a maximum on ARM, and of -0 0 */
         for (uint32_t k = 0; k < n; ++k)
-            v[k] = v[k] < 0 ? 0 : v[k];
+            v[k] = v[k] < zero ? 0 : v[k];
         break;
+    }
     case STEP_PRELU:
         for (uint32_t k = 0; k < n; ++k)
             v[k] = v[k] < 0 ? v[k] * a[k] : v[k];
@@ -186,60 +188,130 @@ void abste_finish_scalar(const abste_job *job, uint32_t y, uint32_t x, uint32_t 
         finish_pixel(job, y, x + p, o, n, &sums[p]);
 }
 
-/* Channels outermost: the weights of a block stay in the cache while all pixels pass by. */
-static void rows(void *argument, uint32_t begin, uint32_t end) {
+/* What may be done by different threads: a row of a block of channels. Channels outermost: the weights of a block stay in the cache
+ * while all rows pass by. */
+static void units(void *argument, uint32_t begin, uint32_t end) {
     const abste_job *job = argument;
     _Alignas(64) abste_sums sums;
-    const uint32_t block = job->whole ? job->c : BLOCK;
-    for (uint32_t o = 0; o < job->c; o += block) {
-        const uint32_t n = job->c - o < block ? job->c - o : block;
-        for (uint32_t y = begin; y < end; ++y) {
-            if (job->row) {
-                job->row(job, y, o, n);
-                continue;
-            }
-            for (uint32_t x = 0; x < job->w; ++x) {
-                job->kernel(job, y, x, o, n, &sums);
-                job->finish(job, y, x, 1, o, n, &sums);
-            }
+    for (uint32_t unit = begin; unit < end; ++unit) {
+        const uint32_t o = unit / job->h * job->block, y = unit % job->h;
+        const uint32_t n = job->c - o < job->block ? job->c - o : job->block;
+        if (job->row) {
+            job->row(job, y, o, n);
+            continue;
+        }
+        for (uint32_t x = 0; x < job->w; ++x) {
+            job->kernel(job, y, x, o, n, &sums);
+            job->finish(job, y, x, 1, o, n, &sums);
         }
     }
 }
 
-/* One thread computes a block of channels where there are no rows to share, as in a linear layer: that is left to one thread. */
+/* Kernels that take all channels of a row at once prepare something from its inputs. A linear layer has one row: there, several
+ * threads prepare the same, so that each has channels of its own. */
+#define PARTS_OF_A_ROW 4u
+
+static void share(const abste_run_arguments *arguments, uint32_t count, abste_task task, abste_job *job) {
+    if (arguments->parallel_for)
+        arguments->parallel_for(arguments->pool, count, task, job);
+    else
+        task(job, 0, count);
+}
+
+static void find_most(void *argument, uint32_t begin, uint32_t end) {
+    const abste_job *job = argument;
+    const abste_variant *variant = job->model->variant;
+    for (uint32_t y = begin; y < end; ++y)
+        (variant && variant->int8.row ? variant->int8.most : abste_int8_most_scalar)(job, y);
+}
+
+static void make_inputs(void *argument, uint32_t begin, uint32_t end) {
+    const abste_job *job = argument;
+    const abste_variant *variant = job->model->variant;
+    for (uint32_t y = begin; y < end; ++y)
+        (variant && variant->int8.row ? variant->int8.inputs : abste_int8_row_scalar)(job, y);
+}
+
+/* The inputs as integers, behind the values in the arena. */
+static void prepare_int8(abste_job *job) {
+    const abste_variant *variant = job->model->variant;
+    const abste_node_record *node = job->node;
+    job->eight = (uint8_t *)job->arguments->arena + job->model->arena_bytes;
+    job->eight_row = ((size_t)node->padding[1] + job->W + node->padding[3]) * job->C;
+    job->row_most = (float *)(void *)(job->eight + (job->eight_row * job->H + 64 + 63) / 64 * 64);
+    share(job->arguments, job->H, find_most, job);
+    float most = 0;
+    for (uint32_t y = 0; y < job->H; ++y)
+        most = job->row_most[y] > most ? job->row_most[y] : most;
+    job->eight_scale = most / 127.0f;
+    job->eight_times = 127.0f / most;
+    share(job->arguments, job->H, make_inputs, job);
+    job->kernel = abste_int8_scalar;
+    job->row = variant ? variant->int8.row : NULL;
+}
+
+abste_job abste_job_of(const abste_model *model, const abste_node_record *node) {
+    const abste_value_record *in = value_at(model, node->in0), *out = written_by(model, node);
+    abste_job job = {.model = model, .node = node, .kernel = KERNELS[node->op], .block = BLOCK};
+    job.H = in->h, job.W = in->w, job.C = in->c, job.h = out->h, job.w = out->w, job.c = out->c;
+    job.words = words_of(in->c);
+    if (node->weight != ABSTE_NONE) {
+        job.weight = blob_data(model, node->weight);
+        job.half = blob_at(model, node->weight)->type == BLOB_F16;
+    }
+    return job;
+}
+
+/* Once for a node: kernels look at a step again for every few numbers. */
+static void look_up_steps(const abste_job *job, abste_step *steps) {
+    for (uint32_t k = 0; k < job->node->step_count; ++k) {
+        const abste_step_record *step = step_at(job->model, job->node->first_step + k);
+        abste_step *found = &steps[k];
+        *found = (abste_step){.kind = step->kind, .p = step->p, .q = step->q};
+        if (step->kind == STEP_ADD_VALUE || step->kind == STEP_MULTIPLY_VALUE) {
+            found->a = operand_at(job, step, 0, 0, &found->next);
+            continue;
+        }
+        found->a = step->a != ABSTE_NONE ? blob_data(job->model, step->a) : NULL;
+        found->b = step->b != ABSTE_NONE ? blob_data(job->model, step->b) : NULL;
+    }
+}
+
 static void run_node(const abste_model *model, const abste_run_arguments *arguments, uint32_t i, const uint8_t *packed) {
     const abste_node_record *node = node_at(model, i);
-    const abste_value_record *in = value_at(model, node->in0), *out = written_by(model, node);
     const abste_variant *variant = model->variant;
     uint8_t *arena = arguments->arena;
-    abste_job job = {.model = model, .arguments = arguments, .node = node, .number = i};
-    job.H = in->h, job.W = in->w, job.C = in->c, job.h = out->h, job.w = out->w, job.c = out->c;
-    job.in = (const float *)(const void *)(arena + in->offset);
-    job.bits = (const uint32_t *)(const void *)(arena + in->offset);
-    job.words = words_of(in->c);
-    job.kernel = KERNELS[node->op];
-    job.finish = variant && !arguments->trace_count ? variant->finish : abste_finish_scalar;
-    if (packed || (variant && variant->in_place(node))) {
-        job.packed = packed;
-        job.row = variant->rows[node->op];
-        job.whole = variant->whole[node->op];
+    const uint8_t *in = arena + value_at(model, node->in0)->offset;
+    abste_step steps[MOST_STEPS];
+    abste_job job = abste_job_of(model, node);
+    job.arguments = arguments, job.number = i, job.packed = packed;
+    job.in = (const float *)(const void *)in;
+    job.bits = (const uint32_t *)(const void *)in;
+    job.finish = abste_finish_scalar;
+    if (variant && !arguments->trace_count && node->step_count <= MOST_STEPS) {
+        look_up_steps(&job, steps);
+        job.steps = steps;
+        job.finish = variant->finish;
     }
     if (node->op == OP_CONCAT) {
         job.in1 = floats(&job, node->in1);
         job.in1_c = value_at(model, node->in1)->c;
     }
-    if (node->weight != ABSTE_NONE) {
-        job.weight = blob_data(model, node->weight);
-        job.half = blob_at(model, node->weight)->type == BLOB_F16;
-    }
     if (node->out != ABSTE_NONE)
         job.out = (float *)(void *)(arena + value_at(model, node->out)->offset);
     if (node->bits != ABSTE_NONE)
         job.out_bits = (uint32_t *)(void *)(arena + value_at(model, node->bits)->offset);
-    if (arguments->parallel_for)
-        arguments->parallel_for(arguments->pool, out->h, rows, &job);
-    else
-        rows(&job, 0, out->h);
+    if (abste_int8(model, model->int8, node)) {
+        prepare_int8(&job);
+    } else if (variant) {
+        job.row = packed ? variant->rows[node->op] : variant->in_place(model, node);
+        if (packed && variant->whole[node->op])
+            job.block = job.c;
+    }
+    if (arguments->parallel_for && job.h == 1 && job.block > BLOCK)
+        job.block = ((job.c + BLOCK - 1) / BLOCK + PARTS_OF_A_ROW - 1) / PARTS_OF_A_ROW * BLOCK;
+    /* No overflow: a value of 2^32 bytes at most has fewer blocks of channels. */
+    share(arguments, job.h * ((job.c + job.block - 1) / job.block), units, &job);
 }
 
 /* Between an image of the caller and a value in the arena, which is NHWC. */
@@ -261,9 +333,10 @@ static void copy(const abste_value_record *value, abste_layout layout, const flo
 abste_status abste_run(const abste_model *model, const abste_run_arguments *arguments) {
     if (!model || !arguments || !arguments->inputs || !arguments->outputs || (arguments->trace_count && !arguments->traces))
         return ABSTE_ERROR_ARGUMENT;
-    if (model->arena_bytes && (!arguments->arena || (uintptr_t)arguments->arena % 64))
+    const size_t arena_bytes = abste_arena_bytes(model);
+    if (arena_bytes && (!arguments->arena || (uintptr_t)arguments->arena % 64))
         return ABSTE_ERROR_ARGUMENT;
-    if (arguments->arena_bytes < model->arena_bytes)
+    if (arguments->arena_bytes < arena_bytes)
         return ABSTE_ERROR_ARENA;
     for (uint32_t k = 0; k < arguments->trace_count; ++k) {
         const abste_trace *wanted = &arguments->traces[k];
@@ -283,7 +356,7 @@ abste_status abste_run(const abste_model *model, const abste_run_arguments *argu
     const abste_variant *variant = model->variant;
     size_t at = 0;
     for (uint32_t i = 0; i < model->node_count; ++i) {
-        const size_t bytes = variant && model->packed ? variant->packed_bytes(model, node_at(model, i)) : 0;
+        const size_t bytes = model->packed ? abste_node_packed_bytes(model, variant, model->int8, node_at(model, i)) : 0;
         run_node(model, arguments, i, bytes ? model->packed + at : NULL);
         if (arguments->progress)
             arguments->progress(arguments->observer, i);

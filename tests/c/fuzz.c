@@ -69,13 +69,23 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
                 abort();
             /* With every instruction set; without traces, which the kernels leave to the scalar code. */
             run.trace_count = 0;
-            for (int isa = 0; abste_isa_name((abste_isa)isa); ++isa) {
-                const size_t packed_bytes = abste_packed_bytes(&model, (abste_isa)isa);
-                if (!abste_has((abste_isa)isa) || packed_bytes > MOST_PACKED)
+            for (uint32_t k = 0; abste_isa_name((abste_isa)(k / 2)); ++k) {
+                const abste_isa isa = (abste_isa)(k / 2);
+                const uint32_t int8 = k % 2 ? ABSTE_INT8_BINARY | ABSTE_INT8_STEM | ABSTE_INT8_FLOAT : 0;
+                const size_t packed_bytes = abste_packed_bytes(&model, isa, int8);
+                if (!abste_has(isa) || packed_bytes > MOST_PACKED)
                     continue;
                 void *packed = aligned_alloc(64, packed_bytes ? packed_bytes : 64);
-                if (abste_pack(&model, (abste_isa)isa, packed, packed_bytes) != ABSTE_OK || abste_run(&model, &run) != ABSTE_OK)
+                if (abste_pack(&model, isa, int8, packed, packed_bytes) != ABSTE_OK)
                     abort();
+                const size_t arena_bytes = abste_arena_bytes(&model);
+                if (arena_bytes <= MOST_ARENA) {
+                    run.arena = aligned_alloc(64, arena_bytes ? arena_bytes : 64);
+                    run.arena_bytes = arena_bytes;
+                    if (abste_run(&model, &run) != ABSTE_OK)
+                        abort();
+                    free(run.arena);
+                }
                 free(packed);
             }
         }

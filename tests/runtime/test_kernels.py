@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from abste.deploy import format as abste_format
 from abste.deploy.graph import Graph, Kind, Node, Op, Step, StepKind, Value
 from abste.deploy.plan import plan
+from abste.errors import ConfigError
 from abste.runtime.network import Network, isas
+from abste.runtime.reference import run
 
 FASTER = [isa for isa in isas() if isa != "scalar"]
 
@@ -28,6 +35,8 @@ def convolutions(draw: st.DrawFn, op: Op) -> tuple[Graph, Any]:
     groups = draw(st.sampled_from([1, 1, 1, 2]))
     c_in = draw(st.sampled_from([1, 3, 16, 31, 32, 33, 64, 100, 128, 200])) * groups
     c_out = draw(st.sampled_from([1, 15, 16, 17, 31, 32, 33, 48, 64, 65, 80, 128, 150])) * groups
+    if draw(st.integers(0, 4)) == 4:  # depthwise
+        groups = c_out = c_in
     kernel = draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
     stride, dilation = (draw(st.tuples(st.integers(1, 2), st.integers(1, 2))) for _ in range(2))
     padding = tuple(draw(st.integers(0, 3)) for _ in range(4))
@@ -89,14 +98,155 @@ def convolutions(draw: st.DrawFn, op: Op) -> tuple[Graph, Any]:
     return plan(Graph(values, nodes)), image
 
 
+def outputs(graph: Graph, image: Any, isa: str, int8: Any = None, threads: int = 1) -> tuple[Any, ...]:
+    network = Network(np.frombuffer(abste_format.write(graph), np.uint8), "a test", isa, int8)
+    found = network(image, layout="nhwc", threads=threads)
+    return found if isinstance(found, tuple) else (found,)
+
+
+def assert_same(wanted: tuple[Any, ...], found: tuple[Any, ...]) -> None:
+    for a, b in zip(wanted, found, strict=True):
+        same = (a.view(np.uint32) == b.view(np.uint32)) | (np.isnan(a) & np.isnan(b))
+        assert same.all(), f"{(~same).sum()} of {same.size} numbers differ"
+
+
+def extreme() -> tuple[Graph, Any]:
+    """Sums as far from 0 as they can be, on both sides: no counter of a kernel may overflow."""
+    values = [Value((3, 9, 300)), Value((3, 9, 300), Kind.BITS), Value((1, 7, 40), output=True)]
+    weight = np.ones((40, 3, 3, 300), bool)
+    weight[::3] = False
+    nodes = [Node(Op.IDENTITY, (0,), None, 1), Node(Op.XNOR, (1,), 2, None, "conv", weight, (3, 3))]
+    return plan(Graph(values, nodes)), np.full((1, 3, 9, 300), -1, np.float32)
+
+
+@pytest.mark.parametrize("isa", FASTER)
+def test_no_counter_overflows(isa: str) -> None:
+    graph, image = extreme()
+    (found,) = outputs(graph, image, isa)
+    assert (found == np.where(np.arange(40) % 3, np.float32(-2700), np.float32(2700))).all()
+
+
 @pytest.mark.parametrize("isa", FASTER)
 @pytest.mark.parametrize("op", [Op.XNOR, Op.SIGN_CONV, Op.CONV])
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_convolutions_give_the_bits_of_the_scalar_code(isa: str, op: Op, data: st.DataObject) -> None:
     graph, image = data.draw(convolutions(op))
-    file = np.frombuffer(abste_format.write(graph), np.uint8)
-    wanted, found = (Network(file, "a test", name)(image, layout="nhwc", threads=1) for name in ("scalar", isa))
-    for a, b in zip(*((each if isinstance(each, tuple) else (each,)) for each in (wanted, found)), strict=True):
-        same = (a.view(np.uint32) == b.view(np.uint32)) | (np.isnan(a) & np.isnan(b))
-        assert same.all(), f"{(~same).sum()} of {same.size} numbers differ"
+    threads = data.draw(st.sampled_from([1, 2]))
+    assert_same(outputs(graph, image, "scalar"), outputs(graph, image, isa, threads=threads))
+
+
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("op", [Op.SIGN_CONV, Op.CONV])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_eight_bits_give_the_bits_of_the_interpreter(isa: str, op: Op, data: st.DataObject) -> None:
+    graph, image = data.draw(convolutions(op))
+    if data.draw(st.booleans()):
+        times = np.float32(data.draw(st.sampled_from([1.0, 0.0, 1e-42, 1e30, np.inf])))
+        with np.errstate(all="ignore"):
+            image = np.nan_to_num(image) * times
+    values = run(graph, [image], "all").values
+    wanted = tuple(np.asarray(values[index], np.float32) for index in graph.outputs())
+    assert_same(wanted, outputs(graph, image, isa, "all"))
+
+
+def test_eight_bits_are_near_and_where_they_were_asked_for() -> None:
+    rng = np.random.default_rng(1)
+    values = [Value((9, 8, 3), name="image")]
+    values += [Value((9, 8, 32)) for _ in range(3)] + [Value((9, 8, 32), Kind.BITS), Value((9, 8, 32), output=True)]
+    weight = rng.normal(size=(3, 3, 3, 32)).astype(np.float32)
+    pointwise = rng.normal(size=(1, 1, 32, 32)).astype(np.float32)
+    signs = rng.random((32, 3, 3, 32)) < 0.5
+    nodes = [
+        Node(Op.CONV, (0,), 1, None, "stem", weight, (3, 3), padding=(1,) * 4),
+        Node(Op.SIGN_CONV, (1,), 2, None, "binary", signs, (3, 3), padding=(1,) * 4),
+        Node(Op.CONV, (2,), 3, 4, "pointwise", pointwise),
+        Node(Op.XNOR, (4,), 5, None, "bits", signs, (3, 3), padding=(1,) * 4),
+    ]
+    values[3].output = True
+    file = np.frombuffer(abste_format.write(plan(Graph(values, nodes))), np.uint8)
+    image = rng.normal(size=(2, 9, 8, 3)).astype(np.float32)
+    exact = Network(file, "a test")(image, layout="nhwc")[0]
+    eight = {None: (), "stem": (0,), "float": (0, 2), "binary": (1,), "all": (0, 1, 2)}
+    for int8, numbers in eight.items():
+        network = Network(file, "a test", int8=int8)
+        assert [node.input_bits for node in network.nodes] == [8 if i in numbers else 32 for i in range(3)] + [1]
+        assert network.int8 == int8
+        off = np.abs(network(image, layout="nhwc")[0] - exact).max() / np.abs(exact).max()
+        assert off == 0 if int8 is None else 0 < off < 0.03
+    with pytest.raises(ConfigError, match=r"int8='steem'; .*'stem'"):
+        Network(file, "a test", int8="steem")  # type: ignore[arg-type]
+
+
+ARM = "aarch64-linux-gnu"
+ARM_BUILDS = {
+    "gcc": [f"{ARM}-gcc", "-O3", "-static"],
+    "clang": ["clang", f"--target={ARM}", "-O3", "-static"],  # with the headers and libraries of the other
+    "sanitizers": [f"{ARM}-gcc", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+}
+
+
+@pytest.fixture(scope="module", params=ARM_BUILDS)
+def arm_harness(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> list[str]:
+    """The command that runs tests/c/harness.c, compiled for 64-bit ARM, in an emulator."""
+    build = ARM_BUILDS[request.param]
+    for needed in (f"{ARM}-gcc", build[0], "qemu-aarch64"):
+        if not shutil.which(needed):
+            pytest.skip(f"{needed} is not installed (Debian: gcc-aarch64-linux-gnu, libc6-dev-arm64-cross, qemu-user)")
+    program = tmp_path_factory.mktemp("arm") / "harness"
+    sources = [*repo_root.glob("csrc/src/*.c"), *repo_root.glob("csrc/kernels/*.c"), repo_root / "tests/c/harness.c"]
+    flags = ["-std=c11", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", f"-I{repo_root / 'csrc/include'}"]
+    command = [*build, *flags, *map(str, sources), "-o", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return ["qemu-aarch64", "-L", f"/usr/{ARM}", str(program), "--images"]
+
+
+def some_convolutions(op: Op, count: int) -> list[tuple[Graph, Any]]:
+    made = []
+
+    @settings(max_examples=count, phases=[Phase.generate])
+    @given(convolutions(op))
+    def collect(example: tuple[Graph, Any]) -> None:
+        made.append(example)
+
+    collect()
+    return made
+
+
+def test_arm_gives_the_bits_of_this_machine(
+    arm_harness: list[str], random_graph: Callable[[int], Graph], repo_root: Path, tmp_path: Path
+) -> None:
+    """Random convolutions, random networks and the seeds of the fuzzer, compiled for ARM and run in an emulator."""
+    rng = np.random.default_rng(0)
+    graphs = [random_graph(seed) for seed in range(60)]
+    graphs += [abste_format.read(path.read_bytes()) for path in sorted(repo_root.glob("tests/c/corpus/*.abste"))]
+    cases = [(graph, rng.normal(size=(1, *graph.values[0].shape)).astype(np.float32)) for graph in graphs]
+    cases += [extreme()]
+    cases += [case for op in (Op.XNOR, Op.SIGN_CONV, Op.CONV) for case in some_convolutions(op, 150)]
+    wanted: list[list[str]] = []
+    arguments = []
+    for graph, image in cases:
+        file = abste_format.write(graph)
+        if sum(node.macs for node in Network(np.frombuffer(file, np.uint8), "a test").nodes) > 1e6:
+            continue  # an emulator is slow
+        lines = []
+        for output in outputs(graph, image, "scalar"):
+            words = np.where(np.isnan(output), np.float32(np.nan), output).view(np.uint32).ravel()
+            lines.append(" ".join(f"{word:08x}" for word in words))
+        wanted.append(lines)
+        for name, data in (("abste", file), ("image", image.tobytes())):
+            arguments.append(tmp_path / f"{len(wanted):05}.{name}")
+            arguments[-1].write_bytes(data)
+    assert len(wanted) > 350
+    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}  # which the emulator does not let it do
+    done = subprocess.run([*arm_harness, *map(str, arguments)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    answers = done.stdout.split("status ")[1:]
+    for number, (answer, lines) in enumerate(zip(answers, wanted, strict=True), 1):
+        found = answer.splitlines()
+        assert found[1] == "run 0", found[0]
+        assert found[4 : 4 + len(lines)] == lines, f"outputs of {number:05}.abste"
+        kernels = ["scalar same", "neon same", "scalar int8 same", "neon int8 same"]
+        assert found[4 + len(lines) :] == kernels, f"kernels of {number:05}.abste"

@@ -20,6 +20,15 @@ except ImportError as error:
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Layout = Literal["nchw", "nhwc"]
+Int8 = Literal["stem", "float", "binary", "all"]
+
+_INT8: dict[str | None, int] = {
+    None: 0,
+    "stem": _native.INT8_STEM,
+    "float": _native.INT8_STEM | _native.INT8_FLOAT,
+    "binary": _native.INT8_BINARY,
+    "all": _native.INT8_STEM | _native.INT8_FLOAT | _native.INT8_BINARY,
+}
 
 MAX_ARENA = 2**30
 """Bytes of working memory beyond which :func:`load` refuses a file."""
@@ -52,6 +61,7 @@ class NodeInfo(NamedTuple):
         weight_bits: 1, 16 or 32; 0 where it has no weights.
         weights: how many.
         macs: multiply-accumulates for one image, padding included.
+        input_bits: 1, 32, or 8 where the network was loaded with ``int8``.
     """
 
     name: str
@@ -61,6 +71,7 @@ class NodeInfo(NamedTuple):
     weight_bits: int
     weights: int
     macs: int
+    input_bits: int
 
 
 class Profile(NamedTuple):
@@ -90,24 +101,23 @@ class Network:
         arena_bytes: working memory for one image.
         isa: the instruction set whose kernels run it.
         packed_bytes: memory for weights in the order that those kernels want.
+        int8: which layers compute with integers of eight bits, as given to :func:`load`.
     """
 
-    def __init__(self, data: Array, name: str, isa: str | None = None) -> None:
+    def __init__(self, data: Array, name: str, isa: str | None = None, int8: Int8 | None = None) -> None:
         try:
             self._model = _native.Model(data)
         except ValueError as error:
             raise FormatError(f"{name}: {error}") from None
+        if int8 not in _INT8:
+            raise ConfigError(f"int8={int8!r}; {nearest(str(int8), [key for key in _INT8 if key])}")
         self.isa = _chosen(isa)
-        self.packed_bytes = int(self._model.packed_bytes(self.isa))
+        self.int8 = int8
+        self.packed_bytes = int(self._model.packed_bytes(self.isa, _INT8[int8]))
         self._name = name
         self.file_bytes = int(data.nbytes)
         self.arena_bytes = int(self._model.arena_bytes)
-        memory = self.arena_bytes + self.packed_bytes
-        if memory > MAX_ARENA:
-            raise FormatError(
-                f"{name}: the network asks for {memory:,} bytes of working memory, more than {MAX_ARENA:,}; "
-                "set abste.runtime.network.MAX_ARENA if you trust the file."
-            )
+        self._check_memory()
         records = self._model.nodes
         work = sum(record[7] for record in records)
         if work > MAX_WORK:
@@ -115,17 +125,20 @@ class Network:
                 f"{name}: the network asks for {work:.0e} operations for each image, more than {MAX_WORK:.0e}; set "
                 "abste.runtime.network.MAX_WORK if you trust the file."
             )
-        self._model.pack(self.isa)
+        self._model.pack(self.isa, _INT8[int8])
+        self.arena_bytes = int(self._model.arena_bytes)  # of int8 too
+        self._check_memory()
+        records = self._model.nodes
         self._inputs = [_Tensor(*value) for value in self._model.inputs]
         self._outputs = [_Tensor(*value) for value in self._model.outputs]
         self.inputs = tuple(value.info() for value in self._inputs)
         self.outputs = tuple(value.info() for value in self._outputs)
         self._written = []
         nodes = []
-        for node_name, operation, value, steps, bits, weights, macs, _ in records:
+        for node_name, operation, value, steps, bits, weights, macs, _, input_bits in records:
             self._written.append(_Tensor(*value))
             shape = self._written[-1].info().shape
-            nodes.append(NodeInfo(node_name, operation, shape, steps, bits, weights, macs))
+            nodes.append(NodeInfo(node_name, operation, shape, steps, bits, weights, macs, input_bits))
         self.nodes = tuple(nodes)
         numbers = self._model.normalization
         self.normalization = None if numbers is None else tuple(np.array(numbers, np.float32).reshape(2, -1))
@@ -138,6 +151,14 @@ class Network:
             except (ValueError, RecursionError) as error:
                 raise FormatError(f"{name}: its metadata is not JSON ({error}).") from None
             self.metadata = metadata if isinstance(metadata, dict) else {}
+
+    def _check_memory(self) -> None:
+        memory = self.arena_bytes + self.packed_bytes
+        if memory > MAX_ARENA:
+            raise FormatError(
+                f"{self._name}: the network asks for {memory:,} bytes of working memory, more than {MAX_ARENA:,}; "
+                "set abste.runtime.network.MAX_ARENA if you trust the file."
+            )
 
     def __repr__(self) -> str:
         shapes = " and ".join(str(value.shape) for value in self.inputs)
@@ -317,16 +338,21 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def load(path: str | os.PathLike[str], *, isa: str | None = None) -> Network:
+def load(path: str | os.PathLike[str], *, isa: str | None = None, int8: Int8 | None = None) -> Network:
     """Load an .abste file, which stays mapped rather than being read into memory.
 
     Args:
         path: of the file. Replace it, as `abste export` does, rather than writing into it while it is loaded.
         isa: the instruction set whose kernels are to run it, one of :func:`isas`; by default the environment variable
             ``ABSTE_ISA``, else the fastest. All give the same bits.
+        int8: layers that are to be faster than exact: their inputs become integers of eight bits, with one scale for an
+            image, and so do float weights, with a scale per output channel. ``"stem"`` is the layer that reads the
+            image, ``"float"`` all layers with float weights, ``"binary"`` those with binary weights and float inputs
+            (W1A8), ``"all"`` both. Layers with binary inputs stay exact, and so do grouped convolutions.
+            ``abste verify --int8`` tells what it costs in accuracy.
 
     Raises:
-        ConfigError: an instruction set that this machine does not have.
+        ConfigError: an instruction set that this machine does not have, or an unknown ``int8``.
         FormatError: it cannot be opened, is no .abste file, damaged, malformed, made for a newer version, or asks for
             more memory or work than ``MAX_ARENA`` and ``MAX_WORK``.
     """
@@ -337,4 +363,4 @@ def load(path: str | os.PathLike[str], *, isa: str | None = None) -> Network:
     except (OSError, ValueError) as error:  # mmap raises the latter for an empty file
         reason = error.strerror if isinstance(error, OSError) else "it is empty"
         raise FormatError(f"cannot load {os.fspath(path)}: {reason}.") from None
-    return Network(data, name, isa)
+    return Network(data, name, isa, int8)

@@ -13,6 +13,7 @@ import numpy as np
 
 from abste.deploy import steps
 from abste.deploy.graph import Array, Graph, Node, Op, StepKind
+from abste.runtime.network import Int8
 
 
 @dataclass
@@ -29,12 +30,13 @@ class Result:
     points: list[list[Array]] = field(default_factory=list)
 
 
-def run(graph: Graph, inputs: Sequence[Array]) -> Result:
+def run(graph: Graph, inputs: Sequence[Array], int8: Int8 | None = None) -> Result:
     """Run a graph.
 
     Args:
         graph: what to run.
         inputs: float32 (..., h, w, c) for each input; leading dimensions, such as a batch, pass through.
+        int8: layers that compute with integers of eight bits, as in :func:`abste.runtime.load`.
 
     Returns:
         All values, and what each node computed on the way.
@@ -44,7 +46,11 @@ def run(graph: Graph, inputs: Sequence[Array]) -> Result:
     result = Result(cast("list[Array]", values))
     for node in graph.nodes:
         written = graph.values[node.written()[0]]
-        v = _sums(node, [cast(Array, values[index]) for index in node.inputs], written.shape)
+        read = [cast(Array, values[index]) for index in node.inputs]
+        if _is_int8(node, len(inputs), int8):
+            v = _eight_bits(node, read[0], written.shape)
+        else:
+            v = _sums(node, read, written.shape)
         points = [v]
         if node.op is Op.XNOR and not (node.steps and node.steps[0].kind is StepKind.THRESHOLD):
             v = v.astype(np.float32)
@@ -121,6 +127,43 @@ def _convolved(node: Node, x: Array, shape: tuple[int, int, int]) -> Array:
                     outside = total
                 total = np.where(inside, added, outside)
     return total
+
+
+def _is_int8(node: Node, input_count: int, int8: Int8 | None) -> bool:
+    if int8 is None or node.op not in (Op.CONV, Op.SIGN_CONV) or node.groups != 1:
+        return False
+    assert node.weight is not None
+    kind = "binary" if node.op is Op.SIGN_CONV else "stem" if node.inputs[0] < input_count else "float"
+    sides = max((node.kernel[1] - 1) * node.dilation[1], node.padding[1], node.padding[3])
+    taken = int8 in ("all", kind) or (int8, kind) == ("float", "stem")
+    return taken and node.weight.size // node.weight.shape[-1 if node.op is Op.CONV else 0] <= 2**17 and sides < 64
+
+
+def _quantized(x: Array, most: Array) -> Array:
+    """(x * (127 / most)) rounded to nearest even, within [-127, 127], NaN giving 0."""
+    with np.errstate(all="ignore"):
+        return np.rint(np.nan_to_num(np.clip(x * (np.float32(127) / most), -127, 127), nan=0.0)).astype(np.int64)
+
+
+def _eight_bits(node: Node, x: Array, shape: tuple[int, int, int]) -> Array:
+    """The sums as integers, in any order, then the scales: of the image, and of an output channel."""
+    weight = node.weight
+    assert weight is not None
+    most = np.nanmax(np.abs(np.where(np.isnan(x), 0, x)), (-3, -2, -1), keepdims=True).astype(np.float32)
+    scale = most / np.float32(127)
+    if node.op is Op.CONV:
+        floats = weight.astype(np.float32)
+        largest = np.abs(np.where(np.isnan(floats), 0, floats)).max((0, 1, 2))
+        factors = _quantized(floats, largest)
+        scale = scale * (largest / np.float32(127))
+    else:
+        factors = np.where(np.moveaxis(weight, 0, -1), 1, -1)
+    q = _quantized(x, most)
+    total = np.zeros((*x.shape[:-3], *shape), np.int64)
+    for i, j, under, inside in _taps(node, q, shape):
+        total += np.where(inside, under @ factors[i, j], 0)
+    with np.errstate(all="ignore"):
+        return total.astype(np.int32).astype(np.float32) * scale
 
 
 def _signed(node: Node, taps: list[tuple[int, int, Array, Array]], factors: Array, first: Array, total: Array) -> Array:

@@ -1,0 +1,117 @@
+/* sign_conv by tables: what kernels share that add, for 64 output channels, sums chosen from tables of four inputs.
+ *
+ * Four inputs have sixteen sums with signs; four bits of the weight choose one. That is a quarter of the additions, in the order of
+ * docs/format.md. The tables of a block of 32 channels serve every tap of the kernel's row and all output channels before the next
+ * block is looked at. The file that includes this has defined TABLE, the sums in a table: 16, or 8 where the others are made by
+ * turning signs.
+ */
+#ifndef ABSTE_SIGN_CONV_H
+#define ABSTE_SIGN_CONV_H
+
+#include "../src/internal.h"
+
+#define MOST_COLUMNS 72u /* input pixels that there are tables for at a time */
+#define MOST_SUMS 128u   /* blocks of 64 sums that are added to at a time: 256 bytes each */
+#define MOST_OUTPUTS 32u /* output pixels at a time */
+
+typedef struct {
+    _Alignas(64) float sums[8][TABLE]; /* of four channels each; number m adds those whose bit in m is set, subtracts the others */
+} tables;
+
+/* How far the taps of a row reach. */
+static inline uint32_t reach_of(const abste_node_record *node) { return (node->kernel[1] - 1u) * node->dilation[1]; }
+
+static inline size_t sign_conv_bytes(const abste_model *model, const abste_node_record *node) {
+    if (node->groups != 1 || node->kernel[1] > 64 || reach_of(node) >= MOST_COLUMNS)
+        return 0;
+    const uint64_t taps = (uint64_t)node->kernel[0] * node->kernel[1];
+    const uint64_t blocks = (written_by(model, node)->c + BLOCK - 1) / BLOCK;
+    return (size_t)(blocks * BLOCK * taps * words_of(value_at(model, node->in0)->c) * sizeof(uint32_t));
+}
+
+/* Rows, blocks of 32 input channels, blocks of 64 output channels, taps: as they are read. Channels that are missing count as +0, so
+ * their bits are set.
+ * A table of 8 has the sums that add the fourth input; where it is subtracted, the others' bits choose the opposite, to be turned. */
+static inline void sign_conv_pack(const abste_model *model, const abste_node_record *node, void *memory) {
+    const uint32_t C = value_at(model, node->in0)->c, c = written_by(model, node)->c;
+    const uint32_t kh = node->kernel[0], kw = node->kernel[1];
+    const uint32_t *weight = blob_data(model, node->weight);
+    uint32_t *out = memory;
+    for (uint32_t i = 0; i < kh; ++i)
+        for (uint32_t k = 0; k < C; k += 32)
+            for (uint32_t o = 0; o < c; o += BLOCK)
+                for (uint32_t j = 0; j < kw; ++j)
+                    for (uint32_t m = 0; m < BLOCK; ++m) {
+                        const uint32_t count = C - k < 32 ? C - k : 32;
+                        const uint64_t at = (((uint64_t)(o + m) * kh + i) * kw + j) * C + k;
+                        const uint32_t missing = count < 32 ? 0xFFFFFFFFu << count : 0;
+                        const uint32_t bits = o + m < c ? bits_at(weight, at, count) | missing : 0;
+                        *out++ = TABLE == 16 ? bits : bits ^ ((~bits & 0x88888888u) >> 3) * 7;
+                    }
+}
+
+/* The tables of `count` channels of a pixel. */
+typedef void (*tabulator)(const float *in, uint32_t count, tables *out);
+
+/* Adds the groups of a block, tap by tap, to the sums of some pixels and 64 channels. `in` are the tables under tap 0 of pixel 0; `step`
+ * further are those of the next pixel, `dilation` further those of the next tap. */
+typedef void (*adder)(const tables *in, size_t step, size_t dilation, const uint32_t *weight, uint32_t taps, uint32_t groups,
+                      abste_sums *sums);
+
+/* A row of pixels; adders[p] is for p of them, `most` at the most. Taps outside add zeros, which change no sum: none is -0. */
+static inline void sign_conv_row(const abste_job *job, uint32_t y, uint32_t o, uint32_t n, tabulator tabulate, const adder *adders,
+                                 uint32_t most) {
+    const abste_node_record *node = job->node;
+    const uint32_t kh = node->kernel[0], kw = node->kernel[1], words = words_of(job->C), stride = node->stride[1];
+    const uint32_t dilation = node->dilation[1], reach = reach_of(node);
+    const uint32_t all = (job->c + BLOCK - 1) / BLOCK, blocks = (o + n + BLOCK - 1) / BLOCK;
+    const int64_t row = (int64_t)y * node->stride[0] - node->padding[0];
+    const abste_range is = taps_inside(row, kh, node->dilation[0], job->H);
+    _Alignas(64) tables in[MOST_COLUMNS];
+    _Alignas(64) abste_sums sums[MOST_SUMS];
+    uint32_t width = (MOST_COLUMNS - 1 - reach) / stride + 1; /* output pixels at a time */
+    width = width < MOST_OUTPUTS ? width : MOST_OUTPUTS;
+    width = width < job->w ? width : job->w;
+    for (uint32_t first = o / BLOCK; first < blocks;) {
+        uint32_t some = MOST_SUMS / width ? MOST_SUMS / width : 1;
+        some = some < blocks - first ? some : blocks - first;
+        for (uint32_t x = 0; x < job->w;) {
+            const uint32_t pixels = job->w - x < width ? job->w - x : width;
+            const int64_t column = (int64_t)x * stride - node->padding[1];
+            for (uint32_t k = 0; k < some * pixels; ++k)
+                for (uint32_t m = 0; m < BLOCK; ++m)
+                    sums[k].f[m] = 0;
+            const uint32_t columns = (pixels - 1) * stride + reach + 1;
+            for (uint32_t s = 0; s < columns; ++s)
+                if (column + s < 0 || column + s >= (int64_t)job->W)
+                    for (uint32_t m = 0; m < 8 * TABLE; ++m)
+                        in[s].sums[m / TABLE][m % TABLE] = 0;
+            for (uint32_t i = is.first; i < is.last; ++i) {
+                const float *line = job->in + (size_t)(row + (int64_t)i * node->dilation[0]) * job->W * job->C;
+                for (uint32_t word = 0; word < words; ++word) {
+                    const uint32_t left = job->C - 32 * word, count = left < 32 ? left : 32;
+                    for (uint32_t s = 0; s < columns; ++s)
+                        if (column + s >= 0 && column + s < (int64_t)job->W)
+                            tabulate(line + (size_t)(column + s) * job->C + 32 * word, count, &in[s]);
+                    for (uint32_t b = 0; b < some; ++b) {
+                        const uint32_t *weight = (const uint32_t *)job->packed +
+                                                 (((size_t)i * words + word) * all + first + b) * kw * BLOCK;
+                        for (uint32_t p = 0; p < pixels;) {
+                            const uint32_t together = pixels - p < most ? pixels - p : most;
+                            adders[together](&in[p * stride], stride, dilation, weight, kw, (count + 3) / 4, &sums[b * pixels + p]);
+                            p += together;
+                        }
+                    }
+                }
+            }
+            for (uint32_t b = 0; b < some; ++b) {
+                const uint32_t at = (first + b) * BLOCK;
+                job->finish(job, y, x, pixels, at, job->c - at < BLOCK ? job->c - at : BLOCK, &sums[b * pixels]);
+            }
+            x += pixels;
+        }
+        first += some;
+    }
+}
+
+#endif
