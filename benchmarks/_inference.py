@@ -24,7 +24,7 @@ from abste.deploy import format as abste_format
 from abste.deploy.graph import Graph, Kind, Node, Op, Step, StepKind, Value
 from abste.deploy.plan import plan
 from abste.deploy.unpack import unpack
-from abste.runtime.network import Network, isas
+from abste.runtime.network import Int8, Network, isas
 
 SHAPES = [(64, 56), (128, 28), (256, 14), (512, 7), (64, 32), (128, 16), (256, 8), (512, 4)]
 LAYERS = {"conv": 9, "gemv": 3}
@@ -123,8 +123,8 @@ def resnet(name: str) -> Graph:
     return lower(model.eval(), example).graph
 
 
-def network(graph: Graph, isa: str) -> Network:
-    return Network(np.frombuffer(abste_format.write(graph), np.uint8), "benchmark", isa)
+def network(graph: Graph, isa: str, int8: Int8 | None = None) -> Network:
+    return Network(np.frombuffer(abste_format.write(graph), np.uint8), "benchmark", isa, int8)
 
 
 def exact_error(graph: Graph, x: Any, found: Any) -> float:
@@ -194,29 +194,35 @@ class Setting:
         channels, _, size = rest.partition("@")
         count = LAYERS[kind]
         shape = (3 if kind == "conv" else 1), int(channels), int(size or 1)
-        kinds = {"W1A1": "xnor", "W1A1 fused": "fused", "W1A32": "sign_conv"}
+        kinds: dict[str, tuple[str, Int8 | None]] = {
+            "W1A1": ("xnor", None),
+            "W1A1 fused": ("fused", None),
+            "W1A32": ("sign_conv", None),
+            "W1A8": ("sign_conv", "binary"),
+        }
         if kind == "gemv":
             del kinds["W1A1 fused"]
-        for title, name in kinds.items():
+        for title, (name, int8) in kinds.items():
             graph, single = chain(name, *shape, count), chain(name, *shape, 1)
             x = self.input(graph)
             for isa in self.isas:
-                net = network(graph, isa)
+                net = network(graph, isa, int8)
                 self.errors[f"abste {isa} {title}"] = exact_error(graph, x, net(x, threads=self.threads))
                 # What packs the input, and the layer that gives floats, are ends; but it is all that a GEMV has.
                 packs = 0 if name == "sign_conv" else 1
                 self.add_profile(f"abste {isa} {title}/nodes", net, x, slice(packs, -1 if packs else None))
                 if kind == "gemv":
-                    self.add_profile(f"abste {isa} {title}/node", network(single, isa), x, slice(packs, None))
+                    alone = network(single, isa, int8)
+                    self.add_profile(f"abste {isa} {title}/node", alone, x, slice(packs, None))
                 if self.threads > 1 and self.batch > 1:  # images side by side, which no profile shows
-                    for form, one in (("/chain", net), ("/single", network(single, isa))):
+                    for form, one in (("/chain", net), ("/single", network(single, isa, int8))):
                         call = functools.partial(one, x, threads=self.threads)
                         self.functions[f"abste {isa} {title}{form}"] = call
             if name == "xnor":
                 self.add_openvino_nodes(graph, x)
                 self.add_peers(graph, x, "/chain", ("binary",))
                 self.add_peers(single, x, "/single", ("binary",))
-            if name == "sign_conv":
+            if title == "W1A32":
                 self.add_peers(graph, x, "/chain", ("float32", "bf16", "int8"))
                 self.add_peers(single, x, "/single", ("float32", "bf16", "int8"))
 
@@ -225,10 +231,14 @@ class Setting:
         graph = resnet(self.case)
         x = self.input(graph)
         title = self.case.rpartition("-")[2].upper()
+        kinds: dict[str, Int8 | None] = {title: None, f"{title}, int8 stem": "stem"}
+        if title == "W1A32":
+            kinds["W1A8"] = "all"
         for isa in self.isas:
-            net = network(graph, isa)
-            self.errors[f"abste {isa} {title}"] = exact_error(graph, x, net(x, threads=self.threads))
-            self.functions[f"abste {isa} {title}"] = functools.partial(net, x, threads=self.threads)
+            for kind, int8 in kinds.items():
+                net = network(graph, isa, int8)
+                self.errors[f"abste {isa} {kind}"] = exact_error(graph, x, net(x, threads=self.threads))
+                self.functions[f"abste {isa} {kind}"] = functools.partial(net, x, threads=self.threads)
         self.add_peers(graph, x, "", ("float32", "bf16", "int8", *(["binary"] if title == "W1A1" else [])))
 
     def measure(self, seconds: float) -> dict[str, Any]:

@@ -43,7 +43,8 @@ class Target:
     Attributes:
         what: in words.
         cases: which, with wildcards.
-        kind: which of our engines, as in ``W1A1``.
+        kind: which of our engines, as in ``W1A1``. A network's ``W1A8`` has all of its float layers in int8, and one
+            ``, int8 stem`` the first one.
         against: a precision of other engines, of which the fastest counts; ``W1A1``: our own; ``threads``: our own
             with one thread; ``bytes``: onnxruntime's memory.
         must, aim: how many times as fast, or (``most``) how many times the time at most; None where nothing is said.

@@ -44,14 +44,15 @@ def test_chains_are_networks(scripts: tuple[Any, Any], kind: str, kernel: int, s
 def test_a_setting(scripts: tuple[Any, Any]) -> None:
     """Two shapes, with threads and without: each engine is there, is right, and has a time per layer."""
     _, parts = scripts
-    for case, threads, batch, kinds in (("conv-16@6", 1, 1, 3), ("gemv-32", 1, 2, 2), ("conv-16@6", 2, 2, 3)):
+    for case, threads, batch, kinds in (("conv-16@6", 1, 1, 4), ("gemv-32", 1, 2, 3), ("conv-16@6", 2, 2, 4)):
         row = parts.Setting(case, threads, batch, ["torch", "torch-bf16"]).measure(0.2)
         fast = [isa for isa in isas() if isa != "scalar"] or ["scalar"]
         assert len(row["engines"]) == kinds * len(fast) + 2 and not row["notes"]
         for name, engine in row["engines"].items():
             assert engine["median"] > 0 and engine["calls"] >= 1, name
-            assert engine["error"] < (0.1 if "bf16" in name else 1e-4)
+            assert engine["error"] < (0.1 if "bf16" in name or "W1A8" in name else 1e-4)
             assert engine["form"] in engine["forms"] and engine["median"] == engine["forms"][engine["form"]]
+            assert engine["error"] > 1e-4 or "W1A8" not in name
         if (threads, batch) == (1, 1):
             assert row["engines"][f"abste {fast[0]} W1A1"]["form"] == "nodes"
         json.dumps(row)

@@ -214,6 +214,9 @@ def _parser() -> argparse.ArgumentParser:
         help="other engines: torch, torch-bf16, torch-compile, onnxruntime, onnxruntime-int8, openvino, openvino-bf16, "
         "openvino-int8, openvino-binary..., all or none (default: those that are ready in seconds)",
     )
+    sub.add_argument(
+        "--int8", metavar="LAYERS", help="integers of eight bits in these layers: stem, float, binary or all (inexact)"
+    )
     sub.add_argument("--json", metavar="FILE", help="also write the figures here")
 
     sub = command(
@@ -471,6 +474,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         isa=arguments.isa,
         seconds=arguments.seconds,
         peer_names=arguments.peers,
+        int8=arguments.int8,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     print(result)

@@ -158,6 +158,7 @@ def test_bench(path: Path) -> None:
 def test_command(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "bench.json"
     options = ["--threads", "1", "--isa", "scalar", "--seconds", "0.05", "--peers", "none", "--json", str(target)]
+    options += ["--int8", "stem"]
     assert main(["bench", str(path), *options]) == 0
     captured = capsys.readouterr()
     assert captured.out.count("abste scalar") == 1 and "torch" not in captured.out
@@ -173,6 +174,7 @@ def test_command(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--threads", "1", "0"], "--batch, --threads and --seconds must be positive."),
         (["--seconds", "-1"], "--batch, --threads and --seconds must be positive."),
         (["--isa", "avx9"], "isa: this machine has no 'avx9'"),
+        (["--int8", "stemm"], "int8='stemm'; did you mean 'stem'"),
         (["--peers", "onxruntime"], "unknown peer 'onxruntime'; did you mean 'onnxruntime'"),
         (
             ["--seconds", "0.01", "--threads", "1", "--peers", "none", "--json", "no/where.json"],

@@ -20,7 +20,7 @@ from abste.bench import measure, peers
 from abste.bench.measure import Spread
 from abste.deploy import format as abste_format
 from abste.errors import ConfigError
-from abste.runtime.network import Network, available_cores, isas, load
+from abste.runtime.network import Int8, Network, available_cores, isas, load
 
 REST = 0.002
 """Seconds before each turn where engines have several threads: those of the one before go on spinning for a while."""
@@ -140,6 +140,7 @@ def bench(
     isa: Sequence[str] | None = None,
     seconds: float = 5.0,
     peer_names: Iterable[str] | None = None,
+    int8: Int8 | None = None,
     say: Callable[[str], object] = lambda line: None,
 ) -> Benchmark:
     """Measure an .abste file on this machine.
@@ -154,6 +155,7 @@ def bench(
         seconds: for each number of threads.
         peer_names: other engines, of `abste.bench.peers.PEERS`, or ``["all"]`` or ``["none"]``; default: the usual
             ones, where the network has one input and one output.
+        int8: which of the packed network's layers compute with integers of eight bits: see :func:`abste.load`.
         say: is told what is being done.
 
     Raises:
@@ -165,7 +167,7 @@ def bench(
     if batch < 1 or min(threads) < 1 or not seconds > 0:
         raise ConfigError("--batch, --threads and --seconds must be positive.")
     wanted = peers.chosen(peer_names)
-    networks = {name: load(path, isa=name) for name in dict.fromkeys(isa or isas())}
+    networks = {name: load(path, isa=name, int8=int8) for name in dict.fromkeys(isa or isas())}
     first = next(iter(networks.values()))
     rng = np.random.default_rng(0)
     inputs = [rng.normal(size=(batch, *value.shape)).astype(np.float32) for value in first.inputs]
@@ -186,7 +188,7 @@ def bench(
         if wanted:
             graph = abste_format.read(Path(path).read_bytes())
             case = peers.Case(graph, inputs[0], count)
-            others, errors, left_out = peers.build(wanted, case, first(*inputs, threads=count))
+            others, errors, left_out = peers.build(wanted, case, load(path)(*inputs, threads=count))
             notes += [note for note in left_out if note not in notes]
         functions |= others
         calls = measure.by_turns(functions, seconds, rest=REST if count > 1 else 0.0)
@@ -204,7 +206,7 @@ def bench(
             "file": first.file_bytes,
             "arena": first.arena_bytes,
             "packed": first.packed_bytes,
-            "rise": rise_in_new_process(path, batch, first.isa),
+            "rise": rise_in_new_process(path, batch, first.isa, int8),
         },
         shapes=(shapes[0], shapes[1]),
         notes=notes,
@@ -222,17 +224,17 @@ import sys
 import numpy as np
 import abste, abste.runtime.network
 from abste.bench.measure import rise
-path, batch, isa = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+path, batch, isa, int8 = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4] or None
 def run():
-    net = abste.load(path, isa=isa)
+    net = abste.load(path, isa=isa, int8=int8)
     net(*(np.zeros((batch, *value.shape), np.float32) for value in net.inputs), threads=1)
 print(rise(run))
 """
 
 
-def rise_in_new_process(path: str | os.PathLike[str], batch: int, isa: str) -> int | None:
+def rise_in_new_process(path: str | os.PathLike[str], batch: int, isa: str, int8: str | None = None) -> int | None:
     """Bytes by which loading a file and running it once raise the peak of resident memory; None if that failed."""
-    command = [sys.executable, "-c", _CHILD, os.fspath(path), str(batch), isa]
+    command = [sys.executable, "-c", _CHILD, os.fspath(path), str(batch), isa, int8 or ""]
     done = subprocess.run(command, capture_output=True, text=True)
     return int(json.loads(done.stdout)) if done.returncode == 0 else None
 
