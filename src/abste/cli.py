@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import sys
@@ -190,6 +191,33 @@ def _parser() -> argparse.ArgumentParser:
         "  abste inspect r20.abste",
     )
     sub.add_argument("file", metavar="FILE", help=".abste file")
+
+    sub = command(
+        "bench",
+        _bench,
+        "measure how fast an .abste file runs here, by layer and beside other engines; needs no torch",
+        "  abste bench r20.abste\n"
+        "  abste bench r20.abste --batch 32 --threads 1 --peers onnxruntime openvino-binary\n"
+        "  abste bench r20.abste --peers none --json r20.json",
+    )
+    sub.add_argument("file", metavar="FILE", help=".abste file")
+    sub.add_argument("--batch", type=int, default=1, metavar="N", help="images in a call (default: 1)")
+    sub.add_argument(
+        "--threads", type=int, nargs="+", metavar="N", help="numbers of threads (default: 1, and one for each core)"
+    )
+    sub.add_argument("--isa", nargs="+", metavar="NAME", help="instruction sets (default: all of this machine)")
+    sub.add_argument("--seconds", type=float, default=5.0, metavar="S", help="for each number of threads (default: 5)")
+    sub.add_argument(
+        "--peers",
+        nargs="+",
+        metavar="NAME",
+        help="other engines: torch, torch-bf16, torch-compile, onnxruntime, onnxruntime-int8, openvino, openvino-bf16, "
+        "openvino-int8, openvino-binary..., all or none (default: those that are ready in seconds)",
+    )
+    sub.add_argument(
+        "--int8", metavar="LAYERS", help="integers of eight bits in these layers: stem, float, binary or all (inexact)"
+    )
+    sub.add_argument("--json", metavar="FILE", help="also write the figures here")
 
     sub = command(
         "verify",
@@ -437,6 +465,29 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from abste.runtime.inspect import describe
 
     print(describe(load(arguments.file)))
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from abste.bench import bench
+    from abste.errors import ConfigError
+
+    result = bench(
+        arguments.file,
+        batch=arguments.batch,
+        threads=arguments.threads,
+        isa=arguments.isa,
+        seconds=arguments.seconds,
+        peer_names=arguments.peers,
+        int8=arguments.int8,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    print(result)
+    if arguments.json:
+        try:
+            Path(arguments.json).write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot write {arguments.json}: {error.strerror}.") from error
     return 0
 
 
