@@ -42,8 +42,8 @@ GAUGE_BOUND = 1.05
 RULE = (
     "A call counts if a fixed loop of about 0.1 ms, timed right before and right after it, took at most "
     f"{GAUGE_BOUND:.2f} times the 10th percentile of all such timings of the setting. An engine with fewer than 5 "
-    "calls that count, or than a fifth of its calls, keeps all of them and is marked as contended (~), as are its ratios: "
-    "it looks slower than it is."
+    "calls that count, or than a fifth of its calls, keeps all of them and is marked as contended (~), as are its "
+    "ratios: it looks slower than it is."
 )
 
 Function = Callable[[], object]
