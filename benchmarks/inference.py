@@ -152,11 +152,13 @@ def fastest(row: dict[str, Any], precision: str) -> tuple[str, dict[str, Any]] |
     return min(found, key=lambda item: item[1]["median"], default=None)
 
 
-def ratio(target: Target, row: dict[str, Any], rows: Rows) -> float | None:
-    """What a target speaks of, in one row; None where it was not measured."""
+def ratio(target: Target, row: dict[str, Any], rows: Rows) -> tuple[float, bool] | None:
+    """What a target speaks of, in one row, and whether it was contended; None where it was not measured."""
     if target.against == "bytes":
         engines = row["engines"]
-        return engines["onnxruntime"]["bytes"] / engines["abste"]["bytes"] if "onnxruntime" in engines else None
+        if "onnxruntime" not in engines:
+            return None
+        return engines["onnxruntime"]["bytes"] / engines["abste"]["bytes"], False
     mine = ours(row, target.kind, target.isa)
     if mine is None:
         return None
@@ -170,7 +172,8 @@ def ratio(target: Target, row: dict[str, Any], rows: Rows) -> float | None:
         other = found and found[1]
     if not other:
         return None
-    return mine["median"] / other["median"] if target.most else other["median"] / mine["median"]
+    value = mine["median"] / other["median"] if target.most else other["median"] / mine["median"]
+    return value, mine["contended"] or other["contended"]
 
 
 def verdict(target: Target, worst: float) -> str:
@@ -210,9 +213,10 @@ def targets_table(rows: Rows) -> list[str]:
         if not found:
             lines.append(f"{head} - | | not measured |")
             continue
-        worst = max(found.values()) if target.most else min(found.values())
-        each = ", ".join(f"{case} {value:.2f}" for case, value in found.items()) if len(found) > 1 else ""
-        lines.append(f"{head} {worst:.2f} | {each} | {verdict(target, worst)} |")
+        worst = (max if target.most else min)(found.values())
+        each = [f"{case} {value:.2f}{'~' * contended}" for case, (value, contended) in found.items()]
+        shown = ", ".join(each) if len(each) > 1 else ""
+        lines.append(f"{head} {worst[0]:.2f}{'~' * worst[1]} | {shown} | {verdict(target, worst[0])} |")
     return lines
 
 

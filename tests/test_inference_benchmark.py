@@ -47,7 +47,7 @@ def test_a_setting(scripts: tuple[Any, Any]) -> None:
     for case, threads, batch, kinds in (("conv-16@6", 1, 1, 4), ("gemv-32", 1, 2, 3), ("conv-16@6", 2, 2, 4)):
         row = parts.Setting(case, threads, batch, ["torch", "torch-bf16"]).measure(0.2)
         fast = [isa for isa in isas() if isa != "scalar"] or ["scalar"]
-        assert len(row["engines"]) == kinds * len(fast) + 2 and not row["notes"]
+        assert len(row["engines"]) == (kinds - 1) * len(fast) + 1 + 2 and not row["notes"]
         for name, engine in row["engines"].items():
             assert engine["median"] > 0 and engine["calls"] >= 1, name
             assert engine["error"] < (0.1 if "bf16" in name or "W1A8" in name else 1e-4)
@@ -139,6 +139,9 @@ def test_verdicts(scripts: tuple[Any, Any]) -> None:
     assert line("AVX2").endswith("| 7 | 10 | 8.00 |  | must |")
     assert line("second core").endswith("| 1.6 | 1.85 | 1.80 |  | must |")
     assert line("memory").endswith("| 8 | 12 | 9.00 |  | must |")
+    contended = rows(scripts)
+    contended[main.key("conv-64@32", 1, 1)]["engines"]["torch"]["contended"] = True
+    assert "| 16.00~ | 64@56 20.00, 64@32 16.00~ | must |" in main.targets_table(contended)[2]
     assert line("W1A8").endswith("| 0.9 | 1 | - | | not measured |")
 
 
