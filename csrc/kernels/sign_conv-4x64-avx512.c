@@ -5,9 +5,8 @@
 #define TABLE 16
 #include "sign_conv.h"
 
-TARGET static inline __m512 turned(float number, __m512i signs) {
-    return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(_mm512_set1_ps(number)), signs));
-}
+/* The sign of a number turned in some lanes. */
+TARGET static inline __m512 turned(const float *number, __m512i signs) { return xor_shared(_mm512_castsi512_ps(signs), number); }
 
 TARGET static void tabulate(const float *in, uint32_t count, tables *out) {
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), one = _mm512_set1_epi32(1);
@@ -15,11 +14,15 @@ TARGET static void tabulate(const float *in, uint32_t count, tables *out) {
     UNROLL for (int b = 0; b < 4; ++b)
         signs[b] = _mm512_slli_epi32(_mm512_andnot_si512(_mm512_srl_epi32(lane, _mm_cvtsi32_si128(b)), one), 31);
     for (uint32_t k = 0; k < count; k += 4) {
-        float four[4] = {0};
-        for (uint32_t b = 0; b < 4 && k + b < count; ++b)
-            four[b] = in[k + b];
-        const __m512 low = _mm512_add_ps(turned(four[0], signs[0]), turned(four[1], signs[1]));
-        const __m512 high = _mm512_add_ps(turned(four[2], signs[2]), turned(four[3], signs[3]));
+        const float *four = in + k;
+        float last[4] = {0};
+        if (count - k < 4) {
+            for (uint32_t b = 0; b < count - k; ++b)
+                last[b] = four[b];
+            four = last;
+        }
+        const __m512 low = _mm512_add_ps(turned(&four[0], signs[0]), turned(&four[1], signs[1]));
+        const __m512 high = _mm512_add_ps(turned(&four[2], signs[2]), turned(&four[3], signs[3]));
         _mm512_store_ps(out->sums[k / 4], _mm512_add_ps(low, high));
     }
 }
