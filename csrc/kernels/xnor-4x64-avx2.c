@@ -1,4 +1,4 @@
-/* xnor for AVX2: four pixels by two registers of 32 channels.
+/* xnor for AVX2: four pixels by two registers of 32 channels, or one where there are no more.
  *
  * There is no count of bits for registers, but there are tables of sixteen bytes (vpshufb). Four bits of the input choose the table:
  * how many bits differ, for each four bits of the weight. These choose from it, for 32 channels at once. Sums are bytes until one
@@ -48,7 +48,8 @@ INLINE __m256i eight_of(const wide_sums *sums, uint32_t k) {
 
 /* Eight pairs of a threshold and its direction, taken apart. */
 INLINE void thresholds(const int32_t *pairs, __m256i *t, __m256i *d) {
-    const __m256 a = _mm256_loadu_ps((const float *)(const void *)pairs), b = _mm256_loadu_ps((const float *)(const void *)(pairs + 8));
+    const float *p = (const float *)(const void *)pairs;
+    const __m256 a = _mm256_loadu_ps(p), b = _mm256_loadu_ps(p + 8);
     *t = _mm256_permute4x64_epi64(_mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88)), 0xD8);
     *d = _mm256_permute4x64_epi64(_mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xDD)), 0xD8);
 }
@@ -160,16 +161,17 @@ INLINE void count_some(const run_of_taps *runs, uint32_t count, size_t step, int
     }
 }
 
-#define KERNEL(P)                                                                                                              \
-    TARGET static void count_##P(const run_of_taps *runs, uint32_t count, size_t step, int32_t taps, const destination *to) {  \
-        count_some(runs, count, step, taps, to, P, 2);                                                                         \
+#define KERNEL(P, O)                                                                                                           \
+    TARGET static void count_##P##_##O(const run_of_taps *runs, uint32_t count, size_t step, int32_t taps,                     \
+                                       const destination *to) {                                                                \
+        count_some(runs, count, step, taps, to, P, O);                                                                         \
     }
-KERNEL(1)
-KERNEL(2)
-KERNEL(3)
-KERNEL(4)
+#define KERNELS(O) KERNEL(1, O) KERNEL(2, O) KERNEL(3, O) KERNEL(4, O)
+KERNELS(1)
+KERNELS(2)
 
-static const counter COUNTERS[5] = {NULL, count_1, count_2, count_3, count_4};
+static const counter COUNTERS[2][5] = {{NULL, count_1_1, count_2_1, count_3_1, count_4_1},
+                                       {NULL, count_1_2, count_2_2, count_3_2, count_4_2}};
 
 size_t abste_xnor_bytes_avx2(const abste_model *model, const abste_node_record *node) { return xnor_bytes(model, node); }
 
@@ -185,5 +187,7 @@ void abste_xnor_pack_avx2(const abste_model *model, const abste_node_record *nod
     }
 }
 
-void abste_xnor_avx2(const abste_job *job, uint32_t y, uint32_t o, uint32_t n) { xnor_row(job, y, o, n, COUNTERS, 4, BLOCK, 0); }
+void abste_xnor_avx2(const abste_job *job, uint32_t y, uint32_t o, uint32_t n) {
+    xnor_row(job, y, o, n, COUNTERS[n > 32], 4, n > 32 ? 64 : 32, 0);
+}
 #endif
