@@ -7,10 +7,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 
-# Everything in benchmarks/ but the script that only writes README's table and what scripts share.
-BENCHMARKS = $(filter-out benchmarks/results_table.py benchmarks/_%.py,$(sort $(wildcard benchmarks/*.py)))
+# Everything in benchmarks/ but the script that only writes README's table, what scripts share, and what takes hours.
+BENCHMARKS = $(filter-out benchmarks/results_table.py benchmarks/inference.py benchmarks/_%.py,$(sort $(wildcard benchmarks/*.py)))
 
-.PHONY: help quickstart install test test-slow fuzz lint format typecheck bench clean
+.PHONY: help quickstart install test test-slow fuzz lint format typecheck bench bench-inference clean
 .DELETE_ON_ERROR:
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make format       let ruff fix and format"
 	@echo "make typecheck    mypy"
 	@echo "make bench        the benchmarks behind README's numbers"
+	@echo "make bench-inference  packed networks against torch, onnxruntime and OpenVINO; takes hours, and can be stopped"
 	@echo "make clean        remove .venv and caches; runs/ stays"
 
 $(BIN)/pip:
@@ -69,6 +70,13 @@ format: $(VENV)/.dev
 
 typecheck: $(VENV)/.dev
 	$(BIN)/mypy
+
+$(VENV)/.bench: $(BUILT) | $(BIN)/pip
+	$(PIP_INSTALL) -e ".[train,bench]"
+	@touch $(VENV)/.train $@
+
+bench-inference: $(VENV)/.bench
+	$(BIN)/python benchmarks/inference.py
 
 bench: $(VENV)/.train
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done

@@ -15,6 +15,7 @@ from torch import nn
 
 import abste
 import abste.models
+from abste.bench.report import processor
 
 # Each binary network and the same network in full precision.
 NETWORKS: dict[str, tuple[str, dict[str, str] | None]] = {
@@ -115,14 +116,6 @@ def save(result: dict[str, Any], out: Path | None) -> None:
     """Record a result where --out says, if it does."""
     if out:
         out.write_text(json.dumps(result, indent=2) + "\n")
-
-
-def processor() -> str:
-    """The processor's name where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def circumstances() -> dict[str, dict[str, str]]:

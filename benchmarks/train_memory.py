@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -23,19 +22,9 @@ from pathlib import Path
 import torch
 from _common import NETWORKS, circumstances, save, training_step, twin
 
+from abste.bench.measure import resident
+
 PROMISED = {"W1A1": 1.15}
-
-
-def resident() -> tuple[int, int]:
-    """Resident memory of this process in bytes: now, and the highest so far."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        unit = 1 if sys.platform == "darwin" else 1024
-        highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        return highest, highest
-    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    now, highest = (1024 * int(fields[key].split()[0]) for key in ("VmRSS", "VmHWM"))
-    return now, highest
 
 
 def child(name: str, batch_size: int, steps: int, threads: int) -> dict[str, float]:

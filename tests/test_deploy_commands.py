@@ -67,6 +67,13 @@ def test_verify_finds_one_flipped_bit(folder: Path, capsys: pytest.CaptureFixtur
     assert main(["verify", "run", "digits.abste"]) == 0
     text = capsys.readouterr().out
     assert "constants of the file are those of the model" in text and "all of the 355 test images of digits" in text
+    assert main(["verify", "run", "digits.abste", "--images", "50", "--int8", "all"]) == 0
+    told = re.search(
+        r"int8='all' changes logits by at most (.*) of the largest, and the most likely class in (\d+) of 50 images; "
+        r"accuracy .*% before, .*% after",
+        capsys.readouterr().out,
+    )
+    assert told and 0 < float(told[1]) < 0.1 and int(told[2]) <= 2
     graph = abste_format.read((folder / "digits.abste").read_bytes())
     node = next(node for node in graph.nodes if node.op is Op.SIGN_CONV)
     assert node.weight is not None

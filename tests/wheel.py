@@ -5,6 +5,7 @@ python tests/wheel.py tests/c/corpus
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -23,11 +24,12 @@ def main(folder: Path) -> None:
     for path in paths:
         graph = abste_format.read(path.read_bytes())
         image = np.random.default_rng(0).normal(size=(1, *graph.values[0].shape)).astype(np.float32)
-        values = run(graph, [image[0]]).values
-        for isa in isas():
-            found = abste.load(path, isa=isa)(image, layout="nhwc")
+        for isa, int8 in itertools.product(isas(), (None, "all")):
+            values = run(graph, [image], int8).values
+            found = abste.load(path, isa=isa, int8=int8)(image, layout="nhwc")
             for output, index in zip(found if isinstance(found, tuple) else (found,), graph.outputs(), strict=True):
-                np.testing.assert_array_equal(output.ravel(), values[index].ravel(), f"{path.name} with {isa}")
+                what = f"{path.name} with {isa}, int8={int8}"
+                np.testing.assert_array_equal(output.ravel(), values[index].ravel(), what)
     assert "torch" not in sys.modules
     sys.stdout.write(f"{len(paths)} networks give the numbers of the interpreter with {', '.join(isas())}\n")
 

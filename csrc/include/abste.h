@@ -155,6 +155,10 @@ typedef struct {
     void *buffer;
 } abste_trace;
 
+/* Told how far a run is, in the thread that called abste_run: with ABSTE_NONE when the inputs stand in the arena, then with the
+ * index of each node that is done. For measuring: the runtime has no clock, its caller has. */
+typedef void (*abste_progress)(void *observer, uint32_t node);
+
 typedef struct {
     void *arena; /* aligned to 64 bytes */
     size_t arena_bytes;
@@ -165,6 +169,8 @@ typedef struct {
     void *pool;
     const abste_trace *traces;
     uint32_t trace_count;
+    abste_progress progress; /* NULL: nobody is told */
+    void *observer;
 } abste_run_arguments;
 
 /* Run the network on one image. */

@@ -79,13 +79,13 @@ KERNEL(8, 1)
 
 static const adder ADDERS[9] = {NULL, add_1, add_2, add_3, add_4, add_5, add_6, add_7, add_8};
 
+static void add(const addition *what) { add_by(ADDERS, 8, what); }
+
 size_t abste_sign_conv_bytes_avx2(const abste_model *model, const abste_node_record *node) { return sign_conv_bytes(model, node); }
 
 void abste_sign_conv_pack_avx2(const abste_model *model, const abste_node_record *node, void *memory) {
     sign_conv_pack(model, node, memory);
 }
 
-void abste_sign_conv_avx2(const abste_job *job, uint32_t y, uint32_t o, uint32_t n) {
-    sign_conv_row(job, y, o, n, tabulate, ADDERS, 8);
-}
+void abste_sign_conv_avx2(const abste_job *job, uint32_t y, uint32_t o, uint32_t n) { sign_conv_row(job, y, o, n, tabulate, add); }
 #endif

@@ -53,14 +53,36 @@ static inline void sign_conv_pack(const abste_model *model, const abste_node_rec
 /* The tables of `count` channels of some pixels, `step` floats apart. */
 typedef void (*tabulator)(const float *in, size_t step, uint32_t pixels, uint32_t count, tables *out);
 
-/* Adds the groups of a block, tap by tap, to the sums of some pixels and up to 64 channels, at least `n`. `in` are the tables under tap 0 of
+/* Adds the groups of a block, tap by tap, to the sums of some pixels and 64 channels. `in` are the tables under tap 0 of
  * pixel 0; `step` further are those of the next pixel, `dilation` further those of the next tap. */
+typedef struct {
+    const tables *in;
+    size_t step, dilation;
+    const uint32_t *weight;
+    uint32_t taps, groups, pixels, channels; /* of the 64, those that there are: nobody looks at the sums of others */
+    abste_sums *sums;
+} addition;
+typedef void (*row_adder)(const addition *what);
+
+/* By kernels for a number of pixels and at least n channels: adders[p] is for p pixels, `most` at the most. */
 typedef void (*adder)(const tables *in, size_t step, size_t dilation, const uint32_t *weight, uint32_t taps, uint32_t groups,
                       uint32_t n, abste_sums *sums);
+static inline void add_by(const adder *adders, uint32_t most, const addition *what) {
+    for (uint32_t p = 0; p < what->pixels;) {
+        const uint32_t together = what->pixels - p < most ? what->pixels - p : most;
+        adders[together](what->in + p * what->step, what->step, what->dilation, what->weight, what->taps, what->groups,
+                         what->channels, what->sums + p);
+        p += together;
+    }
+}
 
-/* A row of pixels; adders[p] is for p of them, `most` at the most. Taps outside add zeros, which change no sum: none is -0. */
-static inline void sign_conv_row(const abste_job *job, uint32_t y, uint32_t o, uint32_t n, tabulator tabulate,
-                                 const adder *adders, uint32_t most) {
+/* How many channels a block of them has. */
+static inline uint32_t channels_of(const abste_job *job, uint32_t block) {
+    return job->c - block * BLOCK < BLOCK ? job->c - block * BLOCK : BLOCK;
+}
+
+/* A row of pixels. Taps outside add zeros, which change no sum: none is -0. */
+static inline void sign_conv_row(const abste_job *job, uint32_t y, uint32_t o, uint32_t n, tabulator tabulate, row_adder add) {
     const abste_node_record *node = job->node;
     const uint32_t kh = node->kernel[0], kw = node->kernel[1], words = words_of(job->C), stride = node->stride[1];
     const uint32_t dilation = node->dilation[1], reach = reach_of(node);
@@ -95,21 +117,18 @@ static inline void sign_conv_row(const abste_job *job, uint32_t y, uint32_t o, u
                         tabulate(line + (size_t)(column + inside.first) * job->C + 32 * word, job->C,
                                  inside.last - inside.first, count, &in[inside.first]);
                     for (uint32_t b = 0; b < some; ++b) {
-                        const uint32_t channels = job->c - (first + b) * BLOCK;
-                        const uint32_t *weight = (const uint32_t *)job->packed +
-                                                 (((size_t)i * words + word) * all + first + b) * kw * BLOCK;
-                        for (uint32_t p = 0; p < pixels;) {
-                            const uint32_t together = pixels - p < most ? pixels - p : most;
-                            adders[together](&in[p * stride], stride, dilation, weight, kw, (count + 3) / 4,
-                                             channels < BLOCK ? channels : BLOCK, &sums[b * pixels + p]);
-                            p += together;
-                        }
+                        const size_t block = ((size_t)i * words + word) * all + first + b;
+                        const addition what = {.in = in, .step = stride, .dilation = dilation, .taps = kw, .groups = (count + 3) / 4,
+                                               .weight = (const uint32_t *)job->packed + block * kw * BLOCK,
+                                               .pixels = pixels, .channels = channels_of(job, first + b),
+                                               .sums = &sums[b * pixels]};
+                        add(&what);
                     }
                 }
             }
             for (uint32_t b = 0; b < some; ++b) {
                 const uint32_t at = (first + b) * BLOCK;
-                job->finish(job, y, x, pixels, at, job->c - at < BLOCK ? job->c - at : BLOCK, &sums[b * pixels]);
+                job->finish(job, y, x, pixels, at, channels_of(job, first + b), &sums[b * pixels]);
             }
             x += pixels;
         }

@@ -2,17 +2,20 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <mutex>
 #include <new>
+#include <optional>
 #include <string>
 #include <thread>
 #include <tuple>
@@ -180,6 +183,7 @@ Arena allocate(size_t bytes) {
 using Bytes = nb::ndarray<nb::ro, const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Input = nb::ndarray<nb::ro, const float, nb::c_contig, nb::device::cpu>;
 using Output = nb::ndarray<nb::c_contig, nb::device::cpu>;
+using Times = nb::ndarray<uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Trace = std::tuple<uint32_t, int32_t, Output>;
 
 class Model {
@@ -257,10 +261,14 @@ class Model {
         return text ? nb::object(nb::bytes(text, size)) : nb::object(nb::none());
     }
 
-    // Arrays hold whole batches; Python has checked their shapes and types.
+    // Arrays hold whole batches; Python has checked their shapes and types. Where `times` is given, it gets nanoseconds summed over
+    // the batch: of each node, and behind them of what lies around these. Images then run one by one, for threads to share.
     void run(const std::vector<Input> &inputs, const std::vector<Output> &outputs, size_t batch, bool nhwc, unsigned threads,
-             const std::vector<Trace> &traces) const {
+             const std::vector<Trace> &traces, const std::optional<Times> &times) const {
         Batch job{*this, {}, {}, traces, nhwc ? ABSTE_NHWC : ABSTE_NCHW, batch};
+        Stopwatch watch{times ? times->data() : nullptr, abste_node_count(&model_)};
+        if (times && times->size() != watch.nodes + 1)
+            throw nb::value_error("times must hold a number for each node, and one more");
         for (const Input &input : inputs)
             job.inputs.push_back(input.data());
         for (const Output &output : outputs)
@@ -276,11 +284,11 @@ class Model {
         std::unique_lock<std::mutex> lock;
         if (threads > 1)
             lock = pool.take(threads);
-        if (!lock.owns_lock() || batch < threads) {
+        if (!lock.owns_lock() || batch < threads || times) {
             // Few images: the threads share the rows of each.
             Arena arena = allocate(arena_bytes());
             for (size_t i = 0; i < batch; ++i)
-                job.image(i, arena.get(), lock.owns_lock() ? &pool : nullptr);
+                job.image(i, arena.get(), lock.owns_lock() ? &pool : nullptr, times ? &watch : nullptr);
         } else {
             pool.run(static_cast<uint32_t>(batch), Batch::part, &job);
         }
@@ -289,6 +297,28 @@ class Model {
     }
 
   private:
+    struct Stopwatch {
+        using Clock = std::chrono::steady_clock;
+
+        uint64_t *times;
+        uint32_t nodes;
+        Clock::time_point last{};
+
+        void start() { last = Clock::now(); }
+
+        // Adds the time since the last one.
+        void lap(uint32_t index) {
+            const Clock::time_point now = Clock::now();
+            times[index] += static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(now - last).count());
+            last = now;
+        }
+
+        static void done(void *self, uint32_t node) {
+            Stopwatch &watch = *static_cast<Stopwatch *>(self);
+            watch.lap(node == ABSTE_NONE ? watch.nodes : node);
+        }
+    };
+
     struct Batch {
         const Model &model;
         std::vector<const float *> inputs;
@@ -304,13 +334,13 @@ class Model {
             try {
                 Arena arena = allocate(job.model.arena_bytes());
                 for (uint32_t i = begin; i < end; ++i)
-                    job.image(i, arena.get(), nullptr);
+                    job.image(i, arena.get(), nullptr, nullptr);
             } catch (const std::bad_alloc &) {
                 job.status = ABSTE_ERROR_ARENA;
             }
         }
 
-        void image(size_t i, void *arena, Pool *pool) {
+        void image(size_t i, void *arena, Pool *pool, Stopwatch *watch) {
             std::vector<const float *> in;
             std::vector<float *> out;
             std::vector<abste_trace> marks;
@@ -331,7 +361,13 @@ class Model {
             arguments.pool = pool;
             arguments.traces = marks.data();
             arguments.trace_count = static_cast<uint32_t>(marks.size());
+            arguments.progress = watch ? Stopwatch::done : nullptr;
+            arguments.observer = watch;
+            if (watch)
+                watch->start();
             const abste_status result = abste_run(&model.model_, &arguments);
+            if (watch)
+                watch->lap(watch->nodes);
             if (result != ABSTE_OK)
                 status = result;
         }
@@ -400,5 +436,5 @@ NB_MODULE(_native, module) {
         .def_prop_ro("classes", &Model::classes)
         .def_prop_ro("metadata", &Model::metadata)
         .def("run", &Model::run, nb::arg("inputs"), nb::arg("outputs"), nb::arg("batch"), nb::arg("nhwc"), nb::arg("threads"),
-             nb::arg("traces"));
+             nb::arg("traces"), nb::arg("times") = nb::none());
 }

@@ -351,11 +351,15 @@ abste_status abste_run(const abste_model *model, const abste_run_arguments *argu
             return ABSTE_ERROR_ARGUMENT;
         copy(value, arguments->layout, arguments->inputs[i], (float *)(void *)(arena + value->offset), 1);
     }
+    if (arguments->progress)
+        arguments->progress(arguments->observer, ABSTE_NONE);
     const abste_variant *variant = model->variant;
     size_t at = 0;
     for (uint32_t i = 0; i < model->node_count; ++i) {
         const size_t bytes = model->packed ? abste_node_packed_bytes(model, variant, model->int8, node_at(model, i)) : 0;
         run_node(model, arguments, i, bytes ? model->packed + at : NULL);
+        if (arguments->progress)
+            arguments->progress(arguments->observer, i);
         at += bytes;
     }
     for (uint32_t v = 0, i = 0; v < model->value_count; ++v) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import sys
@@ -192,6 +193,33 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("file", metavar="FILE", help=".abste file")
 
     sub = command(
+        "bench",
+        _bench,
+        "measure how fast an .abste file runs here, by layer and beside other engines; needs no torch",
+        "  abste bench r20.abste\n"
+        "  abste bench r20.abste --batch 32 --threads 1 --peers onnxruntime openvino-binary\n"
+        "  abste bench r20.abste --peers none --json r20.json",
+    )
+    sub.add_argument("file", metavar="FILE", help=".abste file")
+    sub.add_argument("--batch", type=int, default=1, metavar="N", help="images in a call (default: 1)")
+    sub.add_argument(
+        "--threads", type=int, nargs="+", metavar="N", help="numbers of threads (default: 1, and one for each core)"
+    )
+    sub.add_argument("--isa", nargs="+", metavar="NAME", help="instruction sets (default: all of this machine)")
+    sub.add_argument("--seconds", type=float, default=5.0, metavar="S", help="for each number of threads (default: 5)")
+    sub.add_argument(
+        "--peers",
+        nargs="+",
+        metavar="NAME",
+        help="other engines: torch, torch-bf16, torch-compile, onnxruntime, onnxruntime-int8, openvino, openvino-bf16, "
+        "openvino-int8, openvino-binary..., all or none (default: those that are ready in seconds)",
+    )
+    sub.add_argument(
+        "--int8", metavar="LAYERS", help="integers of eight bits in these layers: stem, float, binary or all (inexact)"
+    )
+    sub.add_argument("--json", metavar="FILE", help="also write the figures here")
+
+    sub = command(
         "verify",
         _verify,
         "compare an .abste file with the run it was made from",
@@ -202,6 +230,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(sub)
     sub.add_argument("--averaged", action="store_true", help="the averaged weights, of a recipe with [average]")
     sub.add_argument("--images", type=int, metavar="N", help="use the first N images of the data (default: all)")
+    sub.add_argument(
+        "--int8",
+        choices=("stem", "float", "binary", "all"),
+        help="tell, too, what integers of eight bits in these layers change (abste.load has this option)",
+    )
 
     sub = command(
         "predict",
@@ -435,6 +468,29 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(arguments: argparse.Namespace) -> int:
+    from abste.bench import bench
+    from abste.errors import ConfigError
+
+    result = bench(
+        arguments.file,
+        batch=arguments.batch,
+        threads=arguments.threads,
+        isa=arguments.isa,
+        seconds=arguments.seconds,
+        peer_names=arguments.peers,
+        int8=arguments.int8,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    print(result)
+    if arguments.json:
+        try:
+            Path(arguments.json).write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot write {arguments.json}: {error.strerror}.") from error
+    return 0
+
+
 def _verify(arguments: argparse.Namespace) -> int:
     from abste.deploy.runs import verify_run
 
@@ -444,6 +500,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         arguments.data,
         averaged=arguments.averaged,
         images=arguments.images,
+        int8=arguments.int8,
     )
     print("\n\n".join(map(str, checks)))
     _hint_at_data(arguments, checks)

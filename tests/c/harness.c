@@ -1,6 +1,7 @@
 /* Loads and runs files under the sanitizers. For each: a line with the status, the place at fault and the message; for one
  * that loads, what abste_run says of it, of too small an arena and of an unaligned one, its outputs as hexadecimal words (NaN always as
- * the same), and for each instruction set of the machine whether its kernels give the same.
+ * the same), and for each instruction set of the machine whether its kernels give the same, and its caller is told of every node in
+ * order.
  *
  *     harness [--skip-checksum] [--images] FILE...
  *
@@ -50,6 +51,12 @@ static uint64_t work(const abste_model *model) {
 
 static int same(float a, float b) { return memcmp(&a, &b, sizeof a) == 0 || (a != a && b != b); }
 
+/* Counts what it is told, as long as that comes in order: ABSTE_NONE + 1 is 0. */
+static void count(void *observer, uint32_t node) {
+    uint32_t *next = observer;
+    *next += node + 1 == *next;
+}
+
 /* Runs with the kernels of an instruction set, with memory of just the size they ask for; says whether all went well. */
 static int run_with(abste_isa isa, uint32_t int8, abste_model model, abste_run_arguments arguments, float **outputs) {
     const size_t bytes = abste_packed_bytes(&model, isa, int8);
@@ -60,7 +67,10 @@ static int run_with(abste_isa isa, uint32_t int8, abste_model model, abste_run_a
     arguments.arena = aligned_alloc(64, arena_bytes ? arena_bytes : 64);
     arguments.arena_bytes = arena_bytes;
     arguments.outputs = outputs;
-    well = well && abste_run(&model, &arguments) == ABSTE_OK;
+    uint32_t told = 0;
+    arguments.progress = count;
+    arguments.observer = &told;
+    well = well && abste_run(&model, &arguments) == ABSTE_OK && told == abste_node_count(&model) + 1;
     free(arguments.arena);
     free(packed);
     return well;

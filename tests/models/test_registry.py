@@ -8,7 +8,15 @@ from abste.errors import ConfigError
 
 def test_available_names_are_public_builders() -> None:
     names = models.available()
-    assert names == sorted(names) == ["resnet20", "resnet20_bireal", "resnet8", "resnet8_bireal"]
+    assert (
+        names
+        == sorted(names)
+        == sorted(
+            f"{name}{order}"
+            for name in ("imagenet_resnet18", "resnet18", "resnet20", "resnet8")
+            for order in ("", "_bireal")
+        )
+    )
     assert set(names) < set(models.__all__)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abste.deploy import format as abste_format
-from abste.deploy.graph import Graph, Op
+from abste.deploy.graph import Graph, Node, Op, Value
+from abste.deploy.plan import plan
 from abste.errors import ConfigError
 from abste.runtime.network import Network, isas
 from abste.runtime.reference import run
@@ -117,3 +119,40 @@ def test_choice_of_instruction_set(random_graph: Build, monkeypatch: pytest.Monk
     monkeypatch.setenv("ABSTE_ISA", "scalr")
     with pytest.raises(ConfigError, match=r"^the environment variable ABSTE_ISA: this machine has no 'scalr'; did you"):
         loaded(graph)
+
+
+def test_profile(random_graph: Build) -> None:
+    """Every node takes time, nodes and what lies around them take what the call takes, and a batch takes the sum."""
+    graph = random_graph(5)
+    network = loaded(graph)
+    x = np.moveaxis(image(graph, 0, 200), -1, 1).copy()
+    for threads in (1, 2):
+        start = time.perf_counter()
+        profile = network.profile(x, threads=threads)
+        elapsed = time.perf_counter() - start
+        assert profile.nodes.shape == (len(network.nodes),) and (profile.nodes > 0).all() and profile.around > 0
+        assert profile.nodes.sum() + profile.around < elapsed
+    few = min(network.profile(x[:2], threads=1).nodes.sum() for _ in range(5))
+    assert few < 0.5 * min(network.profile(x, threads=1).nodes.sum() for _ in range(5))
+    empty = network.profile(x[:0], layout="nchw")
+    assert not empty.nodes.any() and empty.around == 0
+    nhwc = network.profile(np.ascontiguousarray(np.moveaxis(x, 1, -1)), layout="nhwc")
+    assert (nhwc.nodes > 0).all()
+    with pytest.raises(ConfigError, match=r"^unknown layout 'nchv'"):
+        network.profile(x, layout="nchv")  # type: ignore[arg-type]
+
+
+def test_slowest_node_is_seen() -> None:
+    """A convolution with a million times the work of the other takes most of the time."""
+    rng = np.random.default_rng(0)
+    values = [Value((1, 1, 2)), Value((1, 1, 2)), Value((40, 40, 2)), Value((40, 40, 64), output=True)]
+    nodes = [
+        Node(Op.CONV, (0,), 1, weight=np.ones((1, 1, 2, 2), np.float32)),
+        Node(Op.PAD, (1,), 2, padding=(39, 39, 0, 0)),
+        Node(
+            Op.CONV, (2,), 3, weight=rng.normal(size=(5, 5, 2, 64)).astype(np.float32), kernel=(5, 5), padding=(2,) * 4
+        ),
+    ]
+    for isa in ISAS:
+        profile = loaded(plan(Graph(values, nodes)), isa).profile(np.ones((3, 2, 1, 1), np.float32), threads=1)
+        assert profile.nodes.argmax() == 2 and profile.nodes[2] > 0.8 * profile.nodes.sum()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,26 +20,29 @@ from abste.deploy.lowering import PackReport, lower
 from abste.deploy.verification import Constants, Verification, compare_constants, random_batches, verify
 from abste.errors import ConversionError
 from abste.nn.layers import BINARY_LAYERS
+from abste.runtime.network import Int8, Network
 from abste.train.files import write_atomic
 
 Batch = tuple[Tensor, Tensor | None]
 Data = tuple[str, Iterable[Batch]]
-Check = Constants | Verification
+Logits = Callable[[Tensor], Any]
 
 
 @dataclass
 class Rounding:
-    """What storing float weights in half precision does to a model.
+    """What computing with fewer bits does to a network. It is told, not judged.
 
     Attributes:
+        what: has fewer bits.
         source: the images, in words.
         images: how many.
         agreement: with the same most likely class before and after.
         difference: the largest between logits, as a fraction of an image's largest logit.
         labelled: images whose class is known.
-        correct: how many of these the model gets right, before and after.
+        correct: how many of these the network gets right, before and after.
     """
 
+    what: str
     source: str
     images: int = 0
     agreement: int = 0
@@ -47,13 +50,21 @@ class Rounding:
     labelled: int = 0
     correct: tuple[int, int] = (0, 0)
 
+    @property
+    def passed(self) -> bool:
+        """Always."""
+        return True
+
     def __str__(self) -> str:
-        text = f"half precision changes logits by at most {self.difference:.1e} of the largest"
+        text = f"{self.what} changes logits by at most {self.difference:.1e} of the largest"
         text += f", and the most likely class in {self.images - self.agreement:,} of {self.images:,} images"
         if self.labelled:
             before, after = (count / self.labelled for count in self.correct)
             text += f"; accuracy {before:.2%} before, {after:.2%} after ({after - before:+.2%})"
         return f"{text} ({self.source})"
+
+
+Check = Constants | Verification | Rounding
 
 
 @dataclass
@@ -152,6 +163,7 @@ def verify_file(
     float16: bool = False,
     data: Data | None = None,
     graph: Graph | None = None,
+    int8: Int8 | None = None,
 ) -> list[Check]:
     """Verify a packed network: its constants, what it computes for random images, and for data where it is given.
 
@@ -162,6 +174,7 @@ def verify_file(
         float16: the file's float weights are in half precision: it must equal the model with its weights rounded.
         data: see :func:`export`.
         graph: what lowering gives, where it is known.
+        int8: tell, too, what loading the file with these layers in integers of eight bits changes.
 
     Raises:
         ConversionError: the model cannot be lowered.
@@ -177,6 +190,11 @@ def verify_file(
     if data is not None:
         source, batches = data
         checks.append(verify(model, file, batches, source))
+    if int8 is not None:
+        source, batches = data or ("Gaussian noise", random_batches(tuple(example_input.shape[1:])))
+        packed = np.frombuffer(file, np.uint8)
+        exact, eight = (Network(packed, "the file", int8=chosen) for chosen in (None, int8))
+        checks.append(compare_logits(f"int8={int8!r}", source, exact, eight, batches))
     return checks
 
 
@@ -191,16 +209,19 @@ def round_to_half(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _rounding(model: nn.Module, source: str, batches: Iterable[Batch]) -> Rounding:
-    """Compare a model with itself, its float weights rounded to half precision."""
-    before = copy.deepcopy(model).eval().float().cpu()
-    after = copy.deepcopy(before)
-    round_to_half(after)
-    found = Rounding(source)
+def compare_logits(what: str, source: str, before: Logits, after: Logits, batches: Iterable[Batch]) -> Rounding:
+    """Compare what two networks say of the same images.
+
+    Args:
+        what: distinguishes the second from the first.
+        source: the images, in words.
+        before, after: give logits for a batch (N, ...); of several outputs, the first one is taken for the logits.
+        batches: the images, with labels where they are known.
+    """
+    found = Rounding(what, source)
     correct = [0, 0]
     for images, labels in batches:
-        # Of several outputs, the first one is taken for the logits.
-        a, b = (tree_leaves(one(images))[0].flatten(1) for one in (before, after))
+        a, b = (torch.as_tensor(tree_leaves(one(images))[0]).flatten(1) for one in (before, after))
         largest = a.abs().amax(1).clamp(min=1e-30)
         found.difference = max(found.difference, float(((a - b).abs().amax(1) / largest).max()))
         found.agreement += int((a.argmax(1) == b.argmax(1)).sum())
@@ -210,3 +231,11 @@ def _rounding(model: nn.Module, source: str, batches: Iterable[Batch]) -> Roundi
             correct = [n + int((y.argmax(1) == labels).sum()) for n, y in zip(correct, (a, b), strict=True)]
     found.correct = (correct[0], correct[1])
     return found
+
+
+def _rounding(model: nn.Module, source: str, batches: Iterable[Batch]) -> Rounding:
+    """Compare a model with itself, its float weights rounded to half precision."""
+    before = copy.deepcopy(model).eval().float().cpu()
+    after = copy.deepcopy(before)
+    round_to_half(after)
+    return compare_logits("half precision", source, before, after, batches)

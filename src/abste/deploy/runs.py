@@ -12,6 +12,7 @@ from abste.data import ImageData, available, describe
 from abste.deploy import format as abste_format
 from abste.deploy.packing import Batch, Check, Data, Export, export, verify_file
 from abste.errors import ConfigError, DataError, FormatError
+from abste.runtime.network import Int8
 from abste.train.recipe import Recipe
 from abste.train.run import RunDirectory, build_model, evaluation_batches, example_input, load_data, load_run
 
@@ -74,6 +75,7 @@ def verify_run(
     *,
     averaged: bool = False,
     images: int | None = None,
+    int8: Int8 | None = None,
 ) -> list[Check]:
     """Verify an .abste file against a run: its constants, on random images, and on its test data where that is found.
 
@@ -83,6 +85,7 @@ def verify_run(
         data_root: the folder of the data set; embedded data needs none.
         averaged: against the averaged weights.
         images: use only so many images of the data.
+        int8: tell, too, what loading the file with these layers in integers of eight bits changes.
 
     Raises:
         RunError, CheckpointError: see :func:`abste.load_run`.
@@ -104,6 +107,7 @@ def verify_run(
         example_input(recipe),
         float16=bool(metadata.get("float16")),
         data=_data(recipe, data_root, images),
+        int8=int8,
     )
 
 

@@ -1,7 +1,7 @@
 """The networks of the papers, in full precision: `abste.convert` binarises them.
 
->>> available()
-['resnet20', 'resnet20_bireal', 'resnet8', 'resnet8_bireal']
+>>> available()[:4]
+['imagenet_resnet18', 'imagenet_resnet18_bireal', 'resnet18', 'resnet18_bireal']
 """
 
 from __future__ import annotations
@@ -12,20 +12,48 @@ from collections.abc import Callable
 from torch import nn
 
 from abste.errors import ConfigError, nearest
-from abste.models.resnet import CifarResNet, resnet8, resnet8_bireal, resnet20, resnet20_bireal
+from abste.models.resnet import (
+    BiRealNet,
+    CifarResNet,
+    ImageNetResNet,
+    imagenet_resnet18,
+    imagenet_resnet18_bireal,
+    resnet8,
+    resnet8_bireal,
+    resnet18,
+    resnet18_bireal,
+    resnet20,
+    resnet20_bireal,
+)
 
 __all__ = [
+    "BiRealNet",
     "CifarResNet",
+    "ImageNetResNet",
     "available",
     "create",
+    "imagenet_resnet18",
+    "imagenet_resnet18_bireal",
     "resnet8",
     "resnet8_bireal",
+    "resnet18",
+    "resnet18_bireal",
     "resnet20",
     "resnet20_bireal",
 ]
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {
-    builder.__name__: builder for builder in (resnet20, resnet20_bireal, resnet8, resnet8_bireal)
+    builder.__name__: builder
+    for builder in (
+        imagenet_resnet18,
+        imagenet_resnet18_bireal,
+        resnet18,
+        resnet18_bireal,
+        resnet20,
+        resnet20_bireal,
+        resnet8,
+        resnet8_bireal,
+    )
 }
 
 

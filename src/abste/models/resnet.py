@@ -1,13 +1,17 @@
-"""CIFAR ResNets in the block order that binary networks need.
+"""ResNets in the block orders that binary networks need.
 
 Each convolution is followed by ReLU and then batch norm, and the identity is added after both with no activation behind
 the sum: what the next convolution reads is signed, so the sign of an activation carries information. The order is that
 of ReSTE's CIFAR networks (Wu et al., arXiv 2308.06689); the depth, widths and parameter-free shortcuts (option A) are
 those of He et al. (arXiv 1512.03385, section 4.2); a shortcut around every convolution is Bi-Real net's (Liu et al.,
 arXiv 1808.00278). The float network is built in the same order as the binary one, so only binarisation differs.
+
+ResNet-18 has real-valued 1x1 projections instead (option B), as its binary versions do.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,13 +40,43 @@ class PadShortcut(nn.Module):
         return f"stride={self.stride}, pad_channels=({self.before}, {self.after})"
 
 
+def projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    """Option B: a 1x1 convolution, which keeps every `stride`-th row and column, and batch norm.
+
+    Shapes as :class:`PadShortcut`. Source: He et al. (arXiv 1512.03385).
+    """
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False),
+        nn.BatchNorm2d(out_channels),
+    )
+
+
+def pooled_projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    """Average pooling, then a 1x1 convolution and batch norm: every pixel has its say.
+
+    Shapes as :class:`PadShortcut`. Source: Bi-Real net (arXiv 1808.00278).
+    """
+    return nn.Sequential(
+        nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False),
+        nn.Conv2d(in_channels, out_channels, 1, bias=False),
+        nn.BatchNorm2d(out_channels),
+    )
+
+
+Shortcut = Callable[[int, int, int], nn.Module]
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions, each followed by ReLU and batch norm, and one shortcut around both.
 
     (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)), signed.
+
+    Args:
+        in_channels, out_channels, stride: see above.
+        shortcut: makes the shortcut from these where the shape changes.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: Shortcut = PadShortcut) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(out_channels)
@@ -50,7 +84,7 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
-            self.shortcut = PadShortcut(in_channels, out_channels, stride)
+            self.shortcut = shortcut(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """Both convolutions, then the identity."""
@@ -68,20 +102,32 @@ class BiRealBlock(BasicBlock):
         return self.bn2(F.relu(self.conv2(x))) + x
 
 
-class CifarResNet(nn.Module):
-    """A ResNet for small images: a stem, three stages of blocks, pooling, batch norm, a linear classifier.
+class BiRealNetBlock(BasicBlock):
+    """The block of Bi-Real net: as `BiRealBlock`, without ReLU."""
 
-    The stages have `width`, 2 `width` and 4 `width` channels; the second and third halve the image. Convolutions have
+    def forward(self, x: Tensor) -> Tensor:
+        """Each convolution with its own identity."""
+        x = self.bn1(self.conv1(x)) + self.shortcut(x)
+        return self.bn2(self.conv2(x)) + x
+
+
+class CifarResNet(nn.Module):
+    """A ResNet for small images: a stem, stages of blocks, pooling, batch norm, a linear classifier.
+
+    The stages have `width`, 2 `width`, 4 `width`... channels; each but the first halves the image. Convolutions have
     no bias; they and the classifier start from Kaiming's normal distribution (fan-in, ReLU).
 
     Shapes: float (N, in_channels, H, W), any H and W from 1 up, 32x32 for CIFAR -> logits (N, num_classes).
 
     Args:
-        block: `BasicBlock` or `BiRealBlock`.
-        blocks_per_stage: n; the network has 6 n + 2 layers with weights.
+        block: `BasicBlock`, `BiRealBlock` or `BiRealNetBlock`.
+        blocks_per_stage: n; the network has 2 n `stages` + 2 layers with weights, shortcuts aside.
         num_classes: number of logits.
         in_channels: channels of the image.
         width: channels of the stem and the first stage.
+        stages: how many.
+        shortcut: makes the shortcuts of blocks that change the shape: `PadShortcut`, `projection` or
+            `pooled_projection`.
 
     Raises:
         ConfigError: a count is not a positive integer; in the forward, an input of another shape or dtype.
@@ -94,9 +140,12 @@ class CifarResNet(nn.Module):
         num_classes: int = 10,
         in_channels: int = 3,
         width: int = 16,
+        stages: int = 3,
+        shortcut: Shortcut = PadShortcut,
     ) -> None:
         super().__init__()
         counts = {
+            "stages": stages,
             "blocks_per_stage": blocks_per_stage,
             "num_classes": num_classes,
             "in_channels": in_channels,
@@ -106,18 +155,35 @@ class CifarResNet(nn.Module):
             if not isinstance(count, int) or isinstance(count, bool) or count < 1:
                 raise ConfigError(f"{name} of a ResNet must be a positive integer, not {count!r}.")
         self.in_channels = in_channels
-        self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        self.stages = stages
+        self.conv1 = self.stem_convolution(in_channels, width)
         self.bn1 = nn.BatchNorm2d(width)
-        self.layer1 = _stage(block, blocks_per_stage, width, width, stride=1)
-        self.layer2 = _stage(block, blocks_per_stage, width, 2 * width, stride=2)
-        self.layer3 = _stage(block, blocks_per_stage, 2 * width, 4 * width, stride=2)
+        channels = width
+        for number in range(stages):
+            stride, out_channels = (2, 2 * channels) if number else (1, channels)
+            stage = [block(channels, out_channels, stride, shortcut)]
+            stage += [block(out_channels, out_channels, 1, shortcut) for _ in range(blocks_per_stage - 1)]
+            self.add_module(f"layer{number + 1}", nn.Sequential(*stage))
+            channels = out_channels
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.bn2 = nn.BatchNorm1d(4 * width)
-        self.fc = nn.Linear(4 * width, num_classes)
+        self.bn2 = self.last_norm(channels)
+        self.fc = nn.Linear(channels, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         nn.init.zeros_(self.fc.bias)
+
+    def stem_convolution(self, in_channels: int, width: int) -> nn.Conv2d:
+        """The first convolution."""
+        return nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+
+    def last_norm(self, channels: int) -> nn.Module:
+        """What stands before the classifier."""
+        return nn.BatchNorm1d(channels)
+
+    def stem(self, x: Tensor) -> Tensor:
+        """What stands before the first stage."""
+        return self.bn1(F.relu(self.conv1(x)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Images to logits."""
@@ -126,15 +192,55 @@ class CifarResNet(nn.Module):
                 f"this network takes a floating-point batch of shape (N, {self.in_channels}, H, W), "
                 f"not {x.dtype} of shape {tuple(x.shape)}."
             )
-        x = self.bn1(F.relu(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
+        x = self.stem(x)
+        for number in range(self.stages):
+            x = self.get_submodule(f"layer{number + 1}")(x)
         x = self.bn2(self.pool(x).flatten(1))
         return self.fc(x)
 
 
-def _stage(block: type[BasicBlock], count: int, in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
-    first = block(in_channels, out_channels, stride)
-    return nn.Sequential(first, *(block(out_channels, out_channels, 1) for _ in range(count - 1)))
+class ImageNetResNet(CifarResNet):
+    """A ResNet for images of 224x224: a 7x7 stem with stride 2, max pooling, four stages; otherwise as `CifarResNet`.
+
+    Shapes: float (N, in_channels, H, W), any H and W from 1 up -> logits (N, num_classes).
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock],
+        blocks_per_stage: int,
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        width: int = 64,
+        shortcut: Shortcut = projection,
+    ) -> None:
+        super().__init__(block, blocks_per_stage, num_classes, in_channels, width, 4, shortcut)
+        self.stem_pool = nn.MaxPool2d(3, stride=2, padding=1)
+
+    def stem_convolution(self, in_channels: int, width: int) -> nn.Conv2d:
+        return nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False)
+
+    def stem(self, x: Tensor) -> Tensor:
+        return self.stem_pool(super().stem(x))
+
+
+class BiRealNet(ImageNetResNet):
+    """The order of Bi-Real net: no ReLU anywhere, averaging shortcuts around every convolution, no last batch norm."""
+
+    def __init__(
+        self,
+        blocks_per_stage: int,
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        width: int = 64,
+    ) -> None:
+        super().__init__(BiRealNetBlock, blocks_per_stage, num_classes, in_channels, width, pooled_projection)
+
+    def last_norm(self, channels: int) -> nn.Module:
+        return nn.Identity()
+
+    def stem(self, x: Tensor) -> Tensor:
+        return self.stem_pool(self.bn1(self.conv1(x)))
 
 
 def resnet20(num_classes: int = 10, in_channels: int = 3, width: int = 16) -> CifarResNet:
@@ -168,3 +274,40 @@ def resnet8(num_classes: int = 10, in_channels: int = 3, width: int = 16) -> Cif
 def resnet8_bireal(num_classes: int = 10, in_channels: int = 3, width: int = 16) -> CifarResNet:
     """ResNet-8 with a shortcut around every convolution; parameters and multiply-accumulates as `resnet8`."""
     return CifarResNet(BiRealBlock, 1, num_classes, in_channels, width)
+
+
+def resnet18(num_classes: int = 10, in_channels: int = 3, width: int = 64) -> CifarResNet:
+    """ResNet-18 for small images: four stages of two blocks behind a 3x3 stem, with 1x1 projection shortcuts.
+
+    11,174,986 parameters with the defaults (``width=32`` is half as wide); 555,422,720 multiply-accumulates for one
+    3x32x32 image, of which the convolutions do 555,417,600. Otherwise as `CifarResNet`.
+    Source: ReSTE's `resnet18` (arXiv 2308.06689), after He et al. (arXiv 1512.03385).
+    """
+    return CifarResNet(BasicBlock, 2, num_classes, in_channels, width, 4, projection)
+
+
+def resnet18_bireal(num_classes: int = 10, in_channels: int = 3, width: int = 64) -> CifarResNet:
+    """ResNet-18 for small images with a shortcut around every convolution, which binary activations need.
+
+    The parameters and multiply-accumulates are those of `resnet18`.
+    """
+    return CifarResNet(BiRealBlock, 2, num_classes, in_channels, width, 4, projection)
+
+
+def imagenet_resnet18(num_classes: int = 1000, in_channels: int = 3, width: int = 64) -> ImageNetResNet:
+    """ResNet-18 for ImageNet with a shortcut around every two convolutions, in the order of `BasicBlock`.
+
+    11,690,536 parameters with the defaults: those of He et al., and a batch norm before the classifier;
+    1,814,073,344 multiply-accumulates for one 3x224x224 image, of which the convolutions do 1,813,561,344.
+    Source: He et al. (arXiv 1512.03385), in the order of ReSTE (arXiv 2308.06689).
+    """
+    return ImageNetResNet(BasicBlock, 2, num_classes, in_channels, width)
+
+
+def imagenet_resnet18_bireal(num_classes: int = 1000, in_channels: int = 3, width: int = 64) -> BiRealNet:
+    """Bi-Real net 18: a shortcut around every convolution, averaging before its 1x1 projections, no ReLU.
+
+    11,689,512 parameters with the defaults; multiply-accumulates as `imagenet_resnet18`.
+    Source: Bi-Real net (arXiv 1808.00278).
+    """
+    return BiRealNet(2, num_classes, in_channels, width)

@@ -6,9 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from abste.runtime.network import Network, NodeInfo, TensorInfo, isas, load
+    from abste.runtime.network import Network, NodeInfo, Profile, TensorInfo, isas, load
 
-__all__ = ["Network", "NodeInfo", "TensorInfo", "isas", "load"]
+__all__ = ["Network", "NodeInfo", "Profile", "TensorInfo", "isas", "load"]
 
 
 def __getattr__(name: str) -> Any:  # so that the interpreter in numpy can be used without the C library

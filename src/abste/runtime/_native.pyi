@@ -35,6 +35,7 @@ class Model:
         nhwc: bool,
         threads: int,
         traces: list[tuple[int, int, _Array]],
+        times: _Array | None = None,
     ) -> None: ...
 
 def isas() -> list[str]: ...

@@ -74,6 +74,18 @@ class NodeInfo(NamedTuple):
     input_bits: int
 
 
+class Profile(NamedTuple):
+    """Where the time of a run went.
+
+    Attributes:
+        nodes: seconds of each node, (len(network.nodes),) float64, summed over the images.
+        around: seconds spent around the nodes: copying inputs and outputs.
+    """
+
+    nodes: Array
+    around: float
+
+
 class Network:
     """A packed network that is ready to run. :func:`load` makes one.
 
@@ -178,8 +190,6 @@ class Network:
         Raises:
             ConfigError: an input of the wrong shape or dtype, an unknown layout or name.
         """
-        if layout not in ("nchw", "nhwc"):
-            raise ConfigError(f"unknown layout {layout!r}; {nearest(layout, ('nchw', 'nhwc'))}")
         names = list(dict.fromkeys(intermediates or ()))
         outputs, buffers = self._run(inputs, [self._point(name) for name in names], layout, threads)
         result = outputs[0] if len(outputs) == 1 else tuple(outputs)
@@ -208,11 +218,33 @@ class Network:
         """
         return self._run((inputs,), list(points), "nchw", threads)
 
+    def profile(self, *inputs: Any, layout: Layout = "nchw", threads: int | None = None) -> Profile:
+        """Run the network on a batch, for how long each node takes.
+
+        Images run one after another, and threads share the rows of each: times are those of a single image, summed.
+
+        Args:
+            inputs, layout, threads: see :meth:`__call__`.
+
+        Raises:
+            ConfigError: an input of the wrong shape or dtype, an unknown layout.
+        """
+        times = np.zeros(len(self.nodes) + 1, np.uint64)
+        self._run(inputs, [], layout, threads, times)
+        return Profile(times[:-1] * 1e-9, float(times[-1]) * 1e-9)
+
     def _run(
-        self, inputs: tuple[Any, ...], points: list[tuple[int, int]], layout: Layout, threads: int | None
+        self,
+        inputs: tuple[Any, ...],
+        points: list[tuple[int, int]],
+        layout: Layout,
+        threads: int | None,
+        times: Array | None = None,
     ) -> tuple[list[Array], list[Array]]:
+        if layout not in ("nchw", "nhwc"):
+            raise ConfigError(f"unknown layout {layout!r}; {nearest(layout, ('nchw', 'nhwc'))}")
         if threads is None:
-            threads = _cores()
+            threads = available_cores()
         if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
             raise ConfigError(f"threads must be a positive integer, not {threads!r}.")
         if len(inputs) != len(self._inputs):
@@ -227,7 +259,7 @@ class Network:
             whole = point < 0 and self.nodes[node].operation == "xnor"
             buffer = np.empty((batch, *self._written[node].size), np.int32 if whole else np.float32)
             traces.append((node, point, buffer))
-        self._model.run(arrays, outputs, batch, layout == "nhwc", threads, traces)
+        self._model.run(arrays, outputs, batch, layout == "nhwc", threads, traces, times)
         return outputs, [buffer for _, _, buffer in traces]
 
     def intermediates(self) -> list[str]:
@@ -301,7 +333,8 @@ def _chosen(isa: str | None) -> str:
     return wanted
 
 
-def _cores() -> int:
+def available_cores() -> int:
+    """How many cores the process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
