@@ -35,17 +35,18 @@ static void choose(const uint32_t *weight, uint32_t groups, choice *out) {
     }
 }
 
-static void tabulate(const float *in, uint32_t count, tables *out) {
+static void tabulate(const float *in, size_t step, uint32_t pixels, uint32_t count, tables *out) {
     static const float signs[2][4] = {{-1, 1, -1, 1}, {-1, -1, 1, 1}};
     const float32x4_t s0 = vld1q_f32(signs[0]), s1 = vld1q_f32(signs[1]);
-    for (uint32_t k = 0; k < count; k += 4) {
-        float four[4] = {0};
-        for (uint32_t b = 0; b < 4 && k + b < count; ++b)
-            four[b] = in[k + b];
-        const float32x4_t low = vaddq_f32(vmulq_n_f32(s0, four[0]), vmulq_n_f32(s1, four[1]));
-        vst1q_f32(out->sums[k / 4], vaddq_f32(low, vdupq_n_f32(four[3] - four[2])));
-        vst1q_f32(out->sums[k / 4] + 4, vaddq_f32(low, vdupq_n_f32(four[3] + four[2])));
-    }
+    for (; pixels; --pixels, in += step, ++out)
+        for (uint32_t k = 0; k < count; k += 4) {
+            float four[4] = {0};
+            for (uint32_t b = 0; b < 4 && k + b < count; ++b)
+                four[b] = in[k + b];
+            const float32x4_t low = vaddq_f32(vmulq_n_f32(s0, four[0]), vmulq_n_f32(s1, four[1]));
+            vst1q_f32(out->sums[k / 4], vaddq_f32(low, vdupq_n_f32(four[3] - four[2])));
+            vst1q_f32(out->sums[k / 4] + 4, vaddq_f32(low, vdupq_n_f32(four[3] + four[2])));
+        }
 }
 
 /* Else compilers begin with all pixels at once, and have no registers left. */

@@ -1,15 +1,15 @@
-/* sign_conv for AVX2: four pixels by 16 channels, of 64 one after the other.
+/* sign_conv for AVX2: eight pixels by a register of channels.
  *
- * A register holds eight sums, those that add the fourth input; the others are these with the opposite sign, to the bit but for NaN, and
- * for zeros, which count alike for a sum that starts at +0. Three bits of the weight choose one (vpermps), the fourth its sign.
+ * A register holds eight sums, those that add the fourth input; the others are these with the opposite sign, to the bit but for
+ * NaN, and for zeros, which count alike for a sum that starts at +0. Three bits of the weight choose one (vpermps), the fourth
+ * its sign.
  */
 #include "avx2.h"
 
 #ifdef ABSTE_X86
 #define TABLE 8
+#include "lanes.h"
 #include "sign_conv.h"
-
-#define INLINE TARGET static inline __attribute__((always_inline))
 
 INLINE __m256 turned(float number, __m256 signs) { return _mm256_xor_ps(_mm256_set1_ps(number), signs); }
 
@@ -23,23 +23,25 @@ INLINE void table_of(const float *four, float *out) {
     _mm256_store_ps(out, _mm256_add_ps(low, high));
 }
 
-TARGET static void tabulate(const float *in, uint32_t count, tables *out) {
-    float *at = out->sums[0];
-    for (const float *end = in + count / 4 * 4; in < end; in += 4, at += TABLE)
-        table_of(in, at);
-    if (count % 4) {
-        float last[4] = {0};
-        for (uint32_t b = 0; b < count % 4; ++b)
-            last[b] = in[b];
-        table_of(last, at);
+TARGET static void tabulate(const float *in, size_t step, uint32_t pixels, uint32_t count, tables *out) {
+    for (; pixels; --pixels, in += step, ++out) {
+        uint32_t g = 0;
+        for (; g < count / 4; ++g)
+            table_of(in + 4 * g, out->sums[g]);
+        if (count % 4) {
+            float last[4] = {0};
+            for (uint32_t b = 0; b < count % 4; ++b)
+                last[b] = in[4 * g + b];
+            table_of(last, out->sums[g]);
+        }
     }
 }
 
-/* P pixels by O registers, until 64 channels are done. */
+/* P pixels by O registers, until n channels are done. */
 INLINE void add_some(const tables *in, size_t step, size_t dilation, const uint32_t *weights, uint32_t taps, uint32_t groups,
-                     abste_sums *sums, const int P, const int O) {
+                     uint32_t n, abste_sums *sums, const int P, const int O) {
     const __m256i first = _mm256_set1_epi32(INT32_MIN);
-    for (uint32_t m = 0; m < BLOCK; m += 8 * (uint32_t)O) {
+    for (uint32_t m = 0; m < n; m += 8 * (uint32_t)O) {
         __m256 total[8][4];
         UNROLL for (int p = 0; p < P; ++p) UNROLL for (int o = 0; o < O; ++o) total[p][o] = _mm256_load_ps(sums[p].f + m + 8 * o);
         const tables *under = in;
@@ -63,8 +65,8 @@ INLINE void add_some(const tables *in, size_t step, size_t dilation, const uint3
 
 #define KERNEL(P, O)                                                                                                           \
     TARGET static void add_##P(const tables *in, size_t step, size_t dilation, const uint32_t *weights, uint32_t taps,         \
-                               uint32_t groups, abste_sums *sums) {                                                            \
-        add_some(in, step, dilation, weights, taps, groups, sums, P, O);                                                       \
+                               uint32_t groups, uint32_t n, abste_sums *sums) {                                                \
+        add_some(in, step, dilation, weights, taps, groups, n, sums, P, O);                                                    \
     }
 KERNEL(1, 4)
 KERNEL(2, 4)

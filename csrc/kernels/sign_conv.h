@@ -29,8 +29,8 @@ static inline size_t sign_conv_bytes(const abste_model *model, const abste_node_
     return (size_t)(blocks * BLOCK * taps * words_of(value_at(model, node->in0)->c) * sizeof(uint32_t));
 }
 
-/* Rows, blocks of 32 input channels, blocks of 64 output channels, taps: as they are read. Channels that are missing count as +0, so
- * their bits are set.
+/* Rows, blocks of 32 input channels, blocks of 64 output channels, taps: as they are read. Channels that are missing count as
+ * +0, so their bits are set.
  * A table of 8 has the sums that add the fourth input; where it is subtracted, the others' bits choose the opposite, to be turned. */
 static inline void sign_conv_pack(const abste_model *model, const abste_node_record *node, void *memory) {
     const uint32_t C = value_at(model, node->in0)->c, c = written_by(model, node)->c;
@@ -50,11 +50,11 @@ static inline void sign_conv_pack(const abste_model *model, const abste_node_rec
                     }
 }
 
-/* The tables of `count` channels of a pixel. */
-typedef void (*tabulator)(const float *in, uint32_t count, tables *out);
+/* The tables of `count` channels of some pixels, `step` floats apart. */
+typedef void (*tabulator)(const float *in, size_t step, uint32_t pixels, uint32_t count, tables *out);
 
-/* Adds the groups of a block, tap by tap, to the sums of some pixels and 64 channels. `in` are the tables under tap 0 of pixel 0; `step`
- * further are those of the next pixel, `dilation` further those of the next tap. */
+/* Adds the groups of a block, tap by tap, to the sums of some pixels and 64 channels. `in` are the tables under tap 0 of
+ * pixel 0; `step` further are those of the next pixel, `dilation` further those of the next tap. */
 typedef struct {
     const tables *in;
     size_t step, dilation;
@@ -64,13 +64,14 @@ typedef struct {
 } addition;
 typedef void (*row_adder)(const addition *what);
 
-/* By kernels for a number of pixels: adders[p] is for p of them, `most` at the most. */
+/* By kernels for a number of pixels and at least n channels: adders[p] is for p pixels, `most` at the most. */
 typedef void (*adder)(const tables *in, size_t step, size_t dilation, const uint32_t *weight, uint32_t taps, uint32_t groups,
-                      abste_sums *sums);
+                      uint32_t n, abste_sums *sums);
 static inline void add_by(const adder *adders, uint32_t most, const addition *what) {
     for (uint32_t p = 0; p < what->pixels;) {
         const uint32_t together = what->pixels - p < most ? what->pixels - p : most;
-        adders[together](what->in + p * what->step, what->step, what->dilation, what->weight, what->taps, what->groups, what->sums + p);
+        adders[together](what->in + p * what->step, what->step, what->dilation, what->weight, what->taps, what->groups,
+                         what->channels, what->sums + p);
         p += together;
     }
 }
@@ -103,17 +104,18 @@ static inline void sign_conv_row(const abste_job *job, uint32_t y, uint32_t o, u
                 for (uint32_t m = 0; m < BLOCK; ++m)
                     sums[k].f[m] = 0;
             const uint32_t columns = (pixels - 1) * stride + reach + 1;
+            const abste_range inside = taps_inside(column, columns, 1, job->W);
             for (uint32_t s = 0; s < columns; ++s)
-                if (column + s < 0 || column + s >= (int64_t)job->W)
+                if (s < inside.first || s >= inside.last)
                     for (uint32_t m = 0; m < 8 * TABLE; ++m)
                         in[s].sums[m / TABLE][m % TABLE] = 0;
             for (uint32_t i = is.first; i < is.last; ++i) {
                 const float *line = job->in + (size_t)(row + (int64_t)i * node->dilation[0]) * job->W * job->C;
                 for (uint32_t word = 0; word < words; ++word) {
                     const uint32_t left = job->C - 32 * word, count = left < 32 ? left : 32;
-                    for (uint32_t s = 0; s < columns; ++s)
-                        if (column + s >= 0 && column + s < (int64_t)job->W)
-                            tabulate(line + (size_t)(column + s) * job->C + 32 * word, count, &in[s]);
+                    if (inside.first < inside.last)
+                        tabulate(line + (size_t)(column + inside.first) * job->C + 32 * word, job->C,
+                                 inside.last - inside.first, count, &in[inside.first]);
                     for (uint32_t b = 0; b < some; ++b) {
                         const size_t block = ((size_t)i * words + word) * all + first + b;
                         const addition what = {.in = in, .step = stride, .dilation = dilation, .taps = kw, .groups = (count + 3) / 4,

@@ -1,16 +1,16 @@
-/* xnor for AVX2: four pixels by two registers of 32 channels.
+/* xnor for AVX2: four pixels by two registers of 32 channels, or one where there are no more.
  *
  * There is no count of bits for registers, but there are tables of sixteen bytes (vpshufb). Four bits of the input choose the table:
  * how many bits differ, for each four bits of the weight. These choose from it, for 32 channels at once. Sums are bytes until one
  * might overflow, then 16 bits, then 32.
  */
 #include "avx2.h"
-#include "xnor.h"
 
 #ifdef ABSTE_X86
-#include <string.h>
+#include "lanes.h"
+#include "xnor.h"
 
-#define INLINE TARGET static inline __attribute__((always_inline))
+#include <string.h>
 
 /* Set bits of x < 16; how many differ from x, for each four bits; the same for the four bits of a byte below and those above. */
 #define COUNT(x) ((uint8_t)(0x4332322132212110u >> 4 * (x) & 15))
@@ -38,16 +38,29 @@ INLINE void widen(__m256i *bytes, wide_sums *sums) {
     *bytes = zero;
 }
 
+/* Else gcc adds what is to be added first, and has no registers left. */
+#define IN_ORDER(v) __asm__("" : "+x"(v))
+
 /* Channels 8 k to 8 k + 7. */
-INLINE __m256i eight_of(const wide_sums *sums, int k) {
+INLINE __m256i eight_of(const wide_sums *sums, uint32_t k) {
     return _mm256_cvtepu16_epi32(_mm_load_si128((const __m128i *)(const void *)&sums->words[k % 2] + k / 2));
 }
 
 /* Eight pairs of a threshold and its direction, taken apart. */
 INLINE void thresholds(const int32_t *pairs, __m256i *t, __m256i *d) {
-    const __m256 a = _mm256_loadu_ps((const float *)(const void *)pairs), b = _mm256_loadu_ps((const float *)(const void *)(pairs + 8));
+    const float *p = (const float *)(const void *)pairs;
+    const __m256 a = _mm256_loadu_ps(p), b = _mm256_loadu_ps(p + 8);
     *t = _mm256_permute4x64_epi64(_mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88)), 0xD8);
     *d = _mm256_permute4x64_epi64(_mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xDD)), 0xD8);
+}
+
+/* Those of channels 0 to 7 and 16 to 23, in 16 bits: a threshold that does not fit becomes the nearest that does. */
+INLINE void thresholds16(const int32_t *pairs, __m256i *t, __m256i *d) {
+    __m256i t0, t1, d0, d1;
+    thresholds(pairs, &t0, &d0);
+    thresholds(pairs + 32, &t1, &d1);
+    *t = _mm256_permute4x64_epi64(_mm256_packs_epi32(t0, t1), 0xD8);
+    *d = _mm256_permute4x64_epi64(_mm256_packs_epi32(d0, d1), 0xD8);
 }
 
 INLINE void count_some(const run_of_taps *runs, uint32_t count, size_t step, int32_t taps, const destination *to, const int P,
@@ -75,6 +88,7 @@ INLINE void count_some(const run_of_taps *runs, uint32_t count, size_t step, int
                     const __m256i t1 = _mm256_broadcastsi128_si256(_mm_load_si128(tables + 1));
                     UNROLL for (int o = 0; o < O; ++o) {
                         bytes[p][o] = _mm256_add_epi8(bytes[p][o], _mm256_shuffle_epi8(t0, low[o]));
+                        IN_ORDER(bytes[p][o]);
                         bytes[p][o] = _mm256_add_epi8(bytes[p][o], _mm256_shuffle_epi8(t1, high[o]));
                     }
                 }
@@ -99,7 +113,6 @@ INLINE void count_some(const run_of_taps *runs, uint32_t count, size_t step, int
         }
     }
     UNROLL for (int p = 0; p < P; ++p) UNROLL for (int o = 0; o < O; ++o) widen(&bytes[p][o], &sums[p][o]);
-    const __m256i all = _mm256_set1_epi32(taps);
     int32_t padded[2 * BLOCK];
     const int32_t *pairs = to->thresholds;
     if (pairs && to->channels < 32u * (uint32_t)O) { /* nothing may follow them */
@@ -108,40 +121,57 @@ INLINE void count_some(const run_of_taps *runs, uint32_t count, size_t step, int
         pairs = padded;
     }
     for (int o = 0; o < O && 32u * (uint32_t)o < to->channels; ++o) {
-        uint32_t clear[4] = {0};
-        UNROLL for (int k = 0; k < 4; ++k) {
-            __m256i t = zero, d = zero;
-            if (pairs)
-                thresholds(pairs + 64 * o + 16 * k, &t, &d);
+        const uint32_t left = to->channels - 32 * (uint32_t)o, some = 0xFFFFFFFFu >> (left < 32 ? 32 - left : 0);
+        uint32_t set[4] = {0};
+        if (pairs && taps < INT16_MAX) {
+            __m256i t[2], d[2];
+            UNROLL for (int k = 0; k < 2; ++k) thresholds16(pairs + 64 * o + 16 * k, &t[k], &d[k]);
+            const __m256i all = _mm256_set1_epi16((int16_t)taps);
             UNROLL for (int p = 0; p < P; ++p) {
-                __m256i differ = eight_of(&sums[p][o], k);
-                if (large)
-                    differ = _mm256_add_epi32(differ, sums[p][o].large[k]);
-                const __m256i sum = _mm256_sub_epi32(all, _mm256_add_epi32(differ, differ));
-                if (pairs) { /* t > d * sum */
-                    const __m256i below = _mm256_cmpgt_epi32(t, _mm256_sign_epi32(sum, d));
-                    clear[p] |= (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(below)) << 8 * k;
+                __m256i below[2]; /* t > d * sum */
+                UNROLL for (int k = 0; k < 2; ++k) {
+                    const __m256i differ = sums[p][o].words[k], sum = _mm256_sub_epi16(all, _mm256_add_epi16(differ, differ));
+                    below[k] = _mm256_cmpgt_epi16(t[k], _mm256_sign_epi16(sum, d[k]));
+                }
+                set[p] = ~(uint32_t)_mm256_movemask_epi8(_mm256_packs_epi16(below[0], below[1]));
+            }
+        } else {
+            const __m256i all = _mm256_set1_epi32(taps);
+            UNROLL for (uint32_t k = 0; k < 4; ++k) {
+                __m256i sum[4];
+                UNROLL for (int p = 0; p < P; ++p) {
+                    __m256i differ = eight_of(&sums[p][o], k);
+                    if (large)
+                        differ = _mm256_add_epi32(differ, sums[p][o].large[k]);
+                    sum[p] = _mm256_sub_epi32(all, _mm256_add_epi32(differ, differ));
+                }
+                if (pairs) {
+                    __m256i t, d;
+                    thresholds(pairs + 64 * o + 16 * k, &t, &d);
+                    UNROLL for (int p = 0; p < P; ++p)
+                        set[p] |= (0xFF & ~SET_BITS(_mm256_cmpgt_epi32(t, _mm256_sign_epi32(sum[p], d)))) << 8 * k;
                 } else {
-                    _mm256_store_si256((__m256i *)(void *)(to->sums[p].i + 32 * o + 8 * k), sum);
+                    UNROLL for (int p = 0; p < P; ++p)
+                        _mm256_store_si256((__m256i *)(void *)(to->sums[p].i + 32 * o + 8 * k), sum[p]);
                 }
             }
         }
-        const uint32_t left = to->channels - 32 * (uint32_t)o, some = 0xFFFFFFFFu >> (left < 32 ? 32 - left : 0);
         if (pairs)
-            UNROLL for (int p = 0; p < P; ++p) to->bits[(size_t)p * to->words + (size_t)o] = ~clear[p] & some;
+            UNROLL for (int p = 0; p < P; ++p) to->bits[(size_t)p * to->words + (size_t)o] = set[p] & some;
     }
 }
 
-#define KERNEL(P)                                                                                                              \
-    TARGET static void count_##P(const run_of_taps *runs, uint32_t count, size_t step, int32_t taps, const destination *to) {  \
-        count_some(runs, count, step, taps, to, P, 2);                                                                         \
+#define KERNEL(P, O)                                                                                                           \
+    TARGET static void count_##P##_##O(const run_of_taps *runs, uint32_t count, size_t step, int32_t taps,                     \
+                                       const destination *to) {                                                                \
+        count_some(runs, count, step, taps, to, P, O);                                                                         \
     }
-KERNEL(1)
-KERNEL(2)
-KERNEL(3)
-KERNEL(4)
+#define KERNELS(O) KERNEL(1, O) KERNEL(2, O) KERNEL(3, O) KERNEL(4, O)
+KERNELS(1)
+KERNELS(2)
 
-static const counter COUNTERS[5] = {NULL, count_1, count_2, count_3, count_4};
+static const counter COUNTERS[2][5] = {{NULL, count_1_1, count_2_1, count_3_1, count_4_1},
+                                       {NULL, count_1_2, count_2_2, count_3_2, count_4_2}};
 
 size_t abste_xnor_bytes_avx2(const abste_model *model, const abste_node_record *node) { return xnor_bytes(model, node); }
 
@@ -157,5 +187,7 @@ void abste_xnor_pack_avx2(const abste_model *model, const abste_node_record *nod
     }
 }
 
-void abste_xnor_avx2(const abste_job *job, uint32_t y, uint32_t o, uint32_t n) { xnor_row(job, y, o, n, COUNTERS, 4, BLOCK, 0); }
+void abste_xnor_avx2(const abste_job *job, uint32_t y, uint32_t o, uint32_t n) {
+    xnor_row(job, y, o, n, COUNTERS[n > 32], 4, n > 32 ? 64 : 32, 0);
+}
 #endif

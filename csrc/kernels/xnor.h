@@ -53,7 +53,8 @@ static inline void xnor_pack(const abste_model *model, const abste_node_record *
                 }
 }
 
-/* `taps` - 2 (set bits of input ^ weight) for some neighbouring pixels, `step` words apart, and 32 or 64 channels from to->first on. */
+/* `taps` - 2 (set bits of input ^ weight) for some neighbouring pixels, `step` words apart, and 32 or 64 channels from to->first
+ * on. */
 typedef void (*counter)(const run_of_taps *runs, uint32_t count, size_t step, int32_t taps, const destination *to);
 
 /* Steps cost less for several pixels at a time: sums wait for company, until there are so many or the row ends. */
@@ -66,8 +67,8 @@ static inline uint32_t sent(const abste_job *job, uint32_t y, uint32_t x, uint32
     return 0;
 }
 
-/* A row of pixels, at most `most` at a time; counters[p] counts for p of them and `wide` channels, and takes them through the steps if it
- * is `able`. */
+/* A row of pixels, at most `most` at a time; counters[p] counts for p of them and `wide` channels, and takes them through the
+ * steps if it is `able`. */
 static inline void xnor_row(const abste_job *job, uint32_t y, uint32_t o, uint32_t n, const counter *counters, uint32_t most,
                             uint32_t wide, int able) {
     const abste_node_record *node = job->node;

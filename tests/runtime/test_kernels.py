@@ -127,6 +127,26 @@ def test_no_counter_overflows(isa: str, side: int, c: int) -> None:
     assert (found == np.where(np.arange(40) % 3, np.float32(-side * side * c), np.float32(side * side * c))).all()
 
 
+@pytest.mark.parametrize("c", [100, 32_766, 32_767, 32_768, 40_000])
+@pytest.mark.parametrize("isa", FASTER)
+def test_thresholds_of_any_size(isa: str, c: int) -> None:
+    """Sums of c and -c on both sides of thresholds that 16 bits can hold, and that they can not."""
+    near = [edge + off for edge in (-32_768, -c, c, 32_767) for off in (-2, -1, 0, 1, 2)]
+    pairs = [(t, d) for t in (-(2**31), *near, 2**31 - 1) for d in (-1, 1) for _ in range(2)]
+    count = len(pairs)
+    values = [Value((1, 1, c)), Value((1, 1, c), Kind.BITS), Value((1, 1, count), Kind.BITS)]
+    values.append(Value((1, 1, count), output=True))
+    weight = np.ones((count, 1, 1, c), bool)
+    weight[::2] = False
+    nodes = [Node(Op.IDENTITY, (0,), None, 1), Node(Op.XNOR, (1,), None, 2, "fc", weight)]
+    nodes[1].steps = [Step(StepKind.THRESHOLD, "", np.array(pairs, np.int32))]
+    nodes.append(Node(Op.XNOR, (2,), 3, None, "look", np.eye(count, dtype=bool).reshape(count, 1, 1, count)))
+    (found,) = outputs(plan(Graph(values, nodes)), np.ones((1, 1, 1, c), np.float32), isa)
+    t, d = np.array(pairs).T
+    bits = np.where(d * np.where(np.arange(count) % 2, c, -c) >= t, 1, -1)
+    assert (found.ravel() == np.where(np.eye(count, dtype=bool), 1, -1) @ bits).all()
+
+
 @pytest.mark.parametrize("isa", FASTER)
 @pytest.mark.parametrize("op", [Op.XNOR, Op.SIGN_CONV, Op.CONV])
 @settings(max_examples=150, deadline=None)
