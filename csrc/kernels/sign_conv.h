@@ -11,7 +11,7 @@
 #include "../src/internal.h"
 
 #define MOST_COLUMNS 72u /* input pixels that there are tables for at a time */
-#define MOST_SUMS 128u   /* blocks of 64 sums that are added to at a time: 256 bytes each */
+#define MOST_SUMS 256u   /* blocks of 64 sums that are added to at a time: 256 bytes each */
 #define MOST_OUTPUTS 32u /* output pixels at a time */
 
 typedef struct {
@@ -81,26 +81,37 @@ static inline uint32_t channels_of(const abste_job *job, uint32_t block) {
     return job->c - block * BLOCK < BLOCK ? job->c - block * BLOCK : BLOCK;
 }
 
-/* A row of pixels. Taps outside add zeros, which change no sum: none is -0. */
+/* The tap row through which output row y reads input row r, or the number of them where there is none. */
+static inline uint32_t tap_row(const abste_node_record *node, uint32_t y, uint32_t r) {
+    const int64_t down = (int64_t)r - ((int64_t)y * node->stride[0] - node->padding[0]);
+    const uint32_t kh = node->kernel[0], dilation = node->dilation[0];
+    return down >= 0 && down % dilation == 0 && down / dilation < kh ? (uint32_t)(down / dilation) : kh;
+}
+
+/* Some rows of pixels. Input rows come from above, and so each output row meets its taps in their order. Taps outside add zeros, which
+ * change no sum: none is -0. */
 static inline void sign_conv_row(const abste_job *job, uint32_t y, uint32_t o, uint32_t n, tabulator tabulate, row_adder add) {
     const abste_node_record *node = job->node;
     const uint32_t kh = node->kernel[0], kw = node->kernel[1], words = words_of(job->C), stride = node->stride[1];
     const uint32_t dilation = node->dilation[1], reach = reach_of(node);
     const uint32_t all = (job->c + BLOCK - 1) / BLOCK, blocks = (o + n + BLOCK - 1) / BLOCK;
-    const int64_t row = (int64_t)y * node->stride[0] - node->padding[0];
-    const abste_range is = taps_inside(row, kh, node->dilation[0], job->H);
+    const uint32_t rows = job->h - y < job->rows ? job->h - y : job->rows;
+    const int64_t top = (int64_t)y * node->stride[0] - node->padding[0];
+    const int64_t bottom = (int64_t)(rows - 1) * node->stride[0] + top + (int64_t)(kh - 1) * node->dilation[0];
+    const uint32_t begin = top > 0 ? (uint32_t)top : 0, end = bottom < 0 ? 0 : bottom < (int64_t)job->H ? (uint32_t)bottom + 1 : job->H;
     _Alignas(64) tables in[MOST_COLUMNS];
     _Alignas(64) abste_sums sums[MOST_SUMS];
     uint32_t width = (MOST_COLUMNS - 1 - reach) / stride + 1; /* output pixels at a time */
     width = width < MOST_OUTPUTS ? width : MOST_OUTPUTS;
-    width = width < job->w ? width : job->w;
+    const uint32_t times = (job->w + width - 1) / width;
+    width = (job->w + times - 1) / times;
     for (uint32_t first = o / BLOCK; first < blocks;) {
-        uint32_t some = MOST_SUMS / width ? MOST_SUMS / width : 1;
+        uint32_t some = MOST_SUMS / (rows * width); /* at least one */
         some = some < blocks - first ? some : blocks - first;
         for (uint32_t x = 0; x < job->w;) {
             const uint32_t pixels = job->w - x < width ? job->w - x : width;
             const int64_t column = (int64_t)x * stride - node->padding[1];
-            for (uint32_t k = 0; k < some * pixels; ++k)
+            for (uint32_t k = 0; k < some * rows * pixels; ++k)
                 for (uint32_t m = 0; m < BLOCK; ++m)
                     sums[k].f[m] = 0;
             const uint32_t columns = (pixels - 1) * stride + reach + 1;
@@ -109,27 +120,35 @@ static inline void sign_conv_row(const abste_job *job, uint32_t y, uint32_t o, u
                 if (s < inside.first || s >= inside.last)
                     for (uint32_t m = 0; m < 8 * TABLE; ++m)
                         in[s].sums[m / TABLE][m % TABLE] = 0;
-            for (uint32_t i = is.first; i < is.last; ++i) {
-                const float *line = job->in + (size_t)(row + (int64_t)i * node->dilation[0]) * job->W * job->C;
-                for (uint32_t word = 0; word < words; ++word) {
+            for (uint32_t r = begin; r < end; ++r) {
+                const float *line = job->in + (size_t)r * job->W * job->C;
+                uint32_t taps[ROWS_AT_ONCE], readers = 0;
+                for (uint32_t k = 0; k < rows; ++k)
+                    readers += (taps[k] = tap_row(node, y + k, r)) < kh;
+                for (uint32_t word = 0; word < words && readers; ++word) {
                     const uint32_t left = job->C - 32 * word, count = left < 32 ? left : 32;
                     if (inside.first < inside.last)
                         tabulate(line + (size_t)(column + inside.first) * job->C + 32 * word, job->C,
                                  inside.last - inside.first, count, &in[inside.first]);
-                    for (uint32_t b = 0; b < some; ++b) {
-                        const size_t block = ((size_t)i * words + word) * all + first + b;
-                        const addition what = {.in = in, .step = stride, .dilation = dilation, .taps = kw, .groups = (count + 3) / 4,
-                                               .weight = (const uint32_t *)job->packed + block * kw * BLOCK,
-                                               .pixels = pixels, .channels = channels_of(job, first + b),
-                                               .sums = &sums[b * pixels]};
-                        add(&what);
-                    }
+                    for (uint32_t b = 0; b < some; ++b)
+                        for (uint32_t k = 0; k < rows; ++k) {
+                            if (taps[k] == kh)
+                                continue;
+                            const size_t block = ((size_t)taps[k] * words + word) * all + first + b;
+                            const addition what = {.in = in, .step = stride, .dilation = dilation, .taps = kw,
+                                                   .groups = (count + 3) / 4,
+                                                   .weight = (const uint32_t *)job->packed + block * kw * BLOCK,
+                                                   .pixels = pixels, .channels = channels_of(job, first + b),
+                                                   .sums = &sums[(b * rows + k) * pixels]};
+                            add(&what);
+                        }
                 }
             }
-            for (uint32_t b = 0; b < some; ++b) {
-                const uint32_t at = (first + b) * BLOCK;
-                job->finish(job, y, x, pixels, at, channels_of(job, first + b), &sums[b * pixels]);
-            }
+            for (uint32_t b = 0; b < some; ++b)
+                for (uint32_t k = 0; k < rows; ++k) {
+                    const uint32_t at = (first + b) * BLOCK;
+                    job->finish(job, y + k, x, pixels, at, channels_of(job, first + b), &sums[(b * rows + k) * pixels]);
+                }
             x += pixels;
         }
         first += some;

@@ -111,6 +111,8 @@ typedef union {
     int32_t i[BLOCK]; /* of xnor */
 } abste_sums;
 
+#define ROWS_AT_ONCE 4u
+
 typedef struct abste_job abste_job;
 
 /* A step whose operands have been looked up: numbers of channel 0, and of a value those of pixel 0, `next` before those of the next. */
@@ -126,7 +128,7 @@ typedef struct {
 /* The sums of channels [o, o + n) of the output pixel (y, x); n is at most BLOCK. */
 typedef void (*abste_kernel)(const abste_job *job, uint32_t y, uint32_t x, uint32_t o, uint32_t n, abste_sums *sums);
 
-/* The same of a whole row of pixels, and their steps, to where the node writes. */
+/* The same of a whole row of pixels, or of job->rows of them from y on, and their steps, to where the node writes. */
 typedef void (*abste_row_kernel)(const abste_job *job, uint32_t y, uint32_t o, uint32_t n);
 
 /* What a kernel reads, and where what it computes goes. */
@@ -144,6 +146,7 @@ struct abste_job {
     const void *packed; /* the weight in the order of a variant, or NULL */
     abste_kernel kernel;
     abste_row_kernel row; /* instead of kernel, if not NULL */
+    uint32_t rows;        /* that row computes at once: 1, or more of those that there are */
     uint32_t block;       /* channels that row or kernel takes at once: BLOCK, or a multiple of it, or all */
     void (*finish)(const abste_job *job, uint32_t y, uint32_t x, uint32_t pixels, uint32_t o, uint32_t n, abste_sums *sums);
     /* Of a node whose inputs are integers of eight bits: them, bytes of a row of them, what one of them is worth, what inputs are
@@ -176,7 +179,9 @@ typedef struct {
     /* What serves a node that has no weight in an order of this variant, or NULL. */
     abste_row_kernel (*in_place)(const abste_model *model, const abste_node_record *node);
     abste_row_kernel rows[OP_COUNT];
-    uint8_t whole[OP_COUNT]; /* rows[op] wants many channels at once, not BLOCK: it prepares something for them from its inputs */
+    /* rows[op] prepares something from its inputs that serves many channels, and rows of outputs: it wants all channels at once, not
+     * BLOCK, and ROWS_AT_ONCE rows. */
+    uint8_t whole[OP_COUNT];
     /* Convolutions with inputs of eight bits, where there is such a kernel: as above, and what turns a row of inputs into them. */
     struct {
         size_t (*packed_bytes)(const abste_model *model, const abste_node_record *node);

@@ -188,13 +188,13 @@ void abste_finish_scalar(const abste_job *job, uint32_t y, uint32_t x, uint32_t 
         finish_pixel(job, y, x + p, o, n, &sums[p]);
 }
 
-/* What may be done by different threads: a row of a block of channels. Channels outermost: the weights of a block stay in the cache
+/* What may be done by different threads: a row, or some, of a block of channels. Channels outermost: the weights of a block stay in the cache
  * while all rows pass by. */
 static void units(void *argument, uint32_t begin, uint32_t end) {
     const abste_job *job = argument;
     _Alignas(64) abste_sums sums;
     for (uint32_t unit = begin; unit < end; ++unit) {
-        const uint32_t o = unit / job->h * job->block, y = unit % job->h;
+        const uint32_t groups = (job->h + job->rows - 1) / job->rows, o = unit / groups * job->block, y = unit % groups * job->rows;
         const uint32_t n = job->c - o < job->block ? job->c - o : job->block;
         if (job->row) {
             job->row(job, y, o, n);
@@ -252,7 +252,7 @@ static void prepare_int8(abste_job *job) {
 
 abste_job abste_job_of(const abste_model *model, const abste_node_record *node) {
     const abste_value_record *in = value_at(model, node->in0), *out = written_by(model, node);
-    abste_job job = {.model = model, .node = node, .kernel = KERNELS[node->op], .block = BLOCK};
+    abste_job job = {.model = model, .node = node, .kernel = KERNELS[node->op], .block = BLOCK, .rows = 1};
     job.H = in->h, job.W = in->w, job.C = in->c, job.h = out->h, job.w = out->w, job.c = out->c;
     job.words = words_of(in->c);
     if (node->weight != ABSTE_NONE) {
@@ -306,12 +306,12 @@ static void run_node(const abste_model *model, const abste_run_arguments *argume
     } else if (variant) {
         job.row = packed ? variant->rows[node->op] : variant->in_place(model, node);
         if (packed && variant->whole[node->op])
-            job.block = job.c;
+            job.block = job.c, job.rows = node->kernel[0] > 1 ? ROWS_AT_ONCE : 1;
     }
     if (arguments->parallel_for && job.h == 1 && job.block > BLOCK)
         job.block = ((job.c + BLOCK - 1) / BLOCK + PARTS_OF_A_ROW - 1) / PARTS_OF_A_ROW * BLOCK;
     /* No overflow: a value of 2^32 bytes at most has fewer blocks of channels. */
-    share(arguments, job.h * ((job.c + job.block - 1) / job.block), units, &job);
+    share(arguments, (job.h + job.rows - 1) / job.rows * ((job.c + job.block - 1) / job.block), units, &job);
 }
 
 /* Between an image of the caller and a value in the arena, which is NHWC. */
