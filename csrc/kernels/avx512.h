@@ -35,11 +35,14 @@ void abste_int8_avx512(const abste_job *job, uint32_t y, uint32_t o, uint32_t n)
 
 /* A number that all lanes share, read from memory by the operation itself: that is free, while a broadcast to a register, which
  * compilers make of it when it is used twice, takes the place of an addition. */
-TARGET static inline __m512 times_shared(__m512 lanes, const float *number) {
-    __m512 result;
-    __asm__("vmulps %2%{1to16%}, %1, %0" : "=v"(result) : "v"(lanes), "m"(*number));
-    return result;
-}
+#define SHARED(NAME, INSTRUCTION)                                                                                               \
+    TARGET static inline __m512 NAME(__m512 lanes, const float *number) {                                                       \
+        __m512 result;                                                                                                          \
+        __asm__(INSTRUCTION " %2%{1to16%}, %1, %0" : "=v"(result) : "v"(lanes), "m"(*number));                                  \
+        return result;                                                                                                          \
+    }
+SHARED(times_shared, "vmulps")
+SHARED(xor_shared, "vxorps")
 
 /* Pairs of a threshold and its direction, taken apart. */
 TARGET static inline void thresholds(const int32_t *pairs, __mmask16 some, __m512i *t, __m512i *d) {

@@ -6,9 +6,8 @@
 #include "lanes.h"
 #include "sign_conv.h"
 
-TARGET static inline __m512 turned(float number, __m512i signs) {
-    return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(_mm512_set1_ps(number)), signs));
-}
+/* The sign of a number turned in some lanes. */
+TARGET static inline __m512 turned(const float *number, __m512i signs) { return xor_shared(_mm512_castsi512_ps(signs), number); }
 
 TARGET static void tabulate(const float *in, size_t step, uint32_t pixels, uint32_t count, tables *out) {
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), one = _mm512_set1_epi32(1);
@@ -24,8 +23,8 @@ TARGET static void tabulate(const float *in, size_t step, uint32_t pixels, uint3
                     last[b] = four[b];
                 four = last;
             }
-            const __m512 low = _mm512_add_ps(turned(four[0], signs[0]), turned(four[1], signs[1]));
-            const __m512 high = _mm512_add_ps(turned(four[2], signs[2]), turned(four[3], signs[3]));
+            const __m512 low = _mm512_add_ps(turned(&four[0], signs[0]), turned(&four[1], signs[1]));
+            const __m512 high = _mm512_add_ps(turned(&four[2], signs[2]), turned(&four[3], signs[3]));
             _mm512_store_ps(out->sums[k / 4], _mm512_add_ps(low, high));
         }
 }
