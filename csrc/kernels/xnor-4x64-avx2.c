@@ -63,6 +63,22 @@ INLINE void thresholds16(const int32_t *pairs, __m256i *t, __m256i *d) {
     *d = _mm256_permute4x64_epi64(_mm256_packs_epi32(d0, d1), 0xD8);
 }
 
+/* These two are seldom called, and not to be written out for each number of pixels. */
+TARGET __attribute__((noinline)) static void empty(wide_sums *sums, int count, uint32_t large) {
+    for (wide_sums *end = sums + count; sums < end; ++sums) {
+        for (uint32_t k = 0; k < 4; ++k) {
+            const __m256i eight = eight_of(sums, k);
+            sums->large[k] = large ? _mm256_add_epi32(sums->large[k], eight) : eight;
+        }
+        sums->words[0] = sums->words[1] = _mm256_setzero_si256();
+    }
+}
+
+__attribute__((noinline)) static void pad(const int32_t *pairs, uint32_t count, int32_t *padded) {
+    for (uint32_t m = 0; m < 2 * BLOCK; ++m)
+        padded[m] = m < count ? pairs[m] : 0;
+}
+
 INLINE void count_some(const run_of_taps *runs, uint32_t count, size_t step, int32_t taps, const destination *to, const int P,
                        const int O) {
     const __m256i zero = _mm256_setzero_si256(), four = _mm256_set1_epi8(15);
@@ -102,13 +118,7 @@ INLINE void count_some(const run_of_taps *runs, uint32_t count, size_t step, int
                 continue;
             refills = 0;
             for (int p = 0; p < P; ++p)
-                for (int o = 0; o < O; ++o) {
-                    for (int k = 0; k < 4; ++k) {
-                        const __m256i eight = eight_of(&sums[p][o], k);
-                        sums[p][o].large[k] = large ? _mm256_add_epi32(sums[p][o].large[k], eight) : eight;
-                    }
-                    sums[p][o].words[0] = sums[p][o].words[1] = zero;
-                }
+                empty(sums[p], O, large);
             large = 1;
         }
     }
@@ -116,8 +126,7 @@ INLINE void count_some(const run_of_taps *runs, uint32_t count, size_t step, int
     int32_t padded[2 * BLOCK];
     const int32_t *pairs = to->thresholds;
     if (pairs && to->channels < 32u * (uint32_t)O) { /* nothing may follow them */
-        for (uint32_t m = 0; m < 2 * BLOCK; ++m)
-            padded[m] = m < 2 * to->channels ? pairs[m] : 0;
+        pad(pairs, 2 * to->channels, padded);
         pairs = padded;
     }
     for (int o = 0; o < O && 32u * (uint32_t)o < to->channels; ++o) {
