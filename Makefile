@@ -40,7 +40,7 @@ $(VENV)/.train: $(BUILT) | $(BIN)/pip
 	@touch $@
 
 $(VENV)/.dev: $(BUILT) | $(BIN)/pip
-	$(PIP_INSTALL) -e ".[train,dev]"
+	$(PIP_INSTALL) -e ".[train,bench,dev]"
 	@touch $(VENV)/.train $@
 
 install: $(VENV)/.dev

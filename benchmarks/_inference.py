@@ -353,7 +353,6 @@ def memory(case: str, engines: list[str], repeats: int) -> dict[str, Any]:
     """Rise of peak resident memory from imports to first answer, for each engine's own file of one network."""
     import torch
 
-    from abste.bench.as_onnx import as_onnx
     from abste.bench.as_torch import as_torch
 
     graph = resnet(case)
@@ -379,6 +378,7 @@ def memory(case: str, engines: list[str], repeats: int) -> dict[str, Any]:
             elif peer.name in ("openvino", "openvino-binary"):
                 import openvino
 
+                from abste.bench.as_onnx import as_onnx
                 from abste.bench.as_openvino import as_openvino
 
                 if peer.precision == "binary":
