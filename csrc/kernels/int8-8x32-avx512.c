@@ -78,37 +78,51 @@ void abste_int8_pack_avx512(const abste_job *job, void *memory) {
     }
 }
 
+TARGET static inline __m512 larger(__m512 most, __m512 v) { return _mm512_max_ps(_mm512_abs_ps(v), most); } /* of NaN, `most` */
+
 TARGET void abste_int8_most_avx512(const abste_job *job, uint32_t y) {
     const float *in = job->in + (size_t)y * job->W * job->C;
     const size_t count = (size_t)job->W * job->C;
-    const __m512i size = _mm512_set1_epi32(0x7FFFFFFF), infinity = _mm512_set1_epi32(0x7F800000);
-    __m512i most[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-    for (size_t k = 0; k < count; k += 32)
-        UNROLL for (int v = 0; v < 2; ++v) {
-            const size_t left = count - k > 16u * v ? count - k - 16u * v : 0;
-            const __mmask16 some = left < 16 ? (__mmask16)((1u << left) - 1) : (__mmask16)0xFFFF;
-            const __m512i p = _mm512_and_si512(_mm512_castps_si512(_mm512_maskz_loadu_ps(some, in + k + 16u * v)), size);
-            most[v] = _mm512_mask_max_epi32(most[v], _mm512_cmple_epi32_mask(p, infinity), most[v], p);
-        }
-    const int32_t all = _mm512_reduce_max_epi32(_mm512_max_epi32(most[0], most[1]));
-    _mm_store_ss(&job->row_most[y], _mm_castsi128_ps(_mm_cvtsi32_si128(all)));
+    __m512 most[4];
+    UNROLL for (int v = 0; v < 4; ++v) most[v] = _mm512_setzero_ps();
+    size_t k = 0;
+    for (; count - k >= 64; k += 64)
+        UNROLL for (int v = 0; v < 4; ++v) most[v] = larger(most[v], _mm512_loadu_ps(in + k + 16 * v));
+    for (; k < count; k += 16) {
+        const __mmask16 some = count - k < 16 ? (__mmask16)((1u << (count - k)) - 1) : (__mmask16)0xFFFF;
+        most[0] = larger(most[0], _mm512_maskz_loadu_ps(some, in + k));
+    }
+    job->row_most[y] = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(most[0], most[1]), _mm512_max_ps(most[2], most[3])));
+}
+
+/* Integers of sixteen numbers. */
+TARGET static inline __m512i integers(__m512 v, __m512 times) {
+    v = _mm512_mul_ps(v, times);
+    const __m512 clamped = _mm512_max_ps(_mm512_min_ps(v, _mm512_set1_ps(127)), _mm512_set1_ps(-127));
+    return _mm512_maskz_cvtps_epi32(_mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), clamped);
 }
 
 TARGET void abste_int8_row_avx512(const abste_job *job, uint32_t y) {
     const float *in = job->in + (size_t)y * job->W * job->C;
     uint8_t *out = job->eight + (size_t)y * job->eight_row;
     const size_t before = (size_t)job->node->padding[1] * job->C, count = (size_t)job->W * job->C;
-    const __m512 times = _mm512_set1_ps(job->eight_times), most = _mm512_set1_ps(127), least = _mm512_set1_ps(-127);
-    const __m128i zero = _mm_set1_epi8((char)0x80);
+    const __m512 times = _mm512_set1_ps(job->eight_times);
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     for (size_t k = 0; k < before; ++k)
         out[k] = 128;
-    for (size_t k = 0; k < count; k += 16) {
-        const __mmask16 some = count - k < 16 ? (__mmask16)((1u << (count - k)) - 1) : (__mmask16)0xFFFF;
-        const __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(some, in + k), times);
-        const __m512i q = _mm512_maskz_cvtps_epi32(_mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), _mm512_max_ps(_mm512_min_ps(v, most), least));
-        _mm_mask_storeu_epi8(out + before + k, some, _mm_xor_si128(_mm512_cvtepi32_epi8(q), zero));
+    size_t k = 0;
+    for (; count - k >= 64; k += 64) {
+        __m512i q[4];
+        UNROLL for (int v = 0; v < 4; ++v) q[v] = integers(_mm512_loadu_ps(in + k + 16 * v), times);
+        const __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
+        _mm512_storeu_si512(out + before + k, _mm512_xor_si512(_mm512_permutexvar_epi32(order, bytes), _mm512_set1_epi8((char)0x80)));
     }
-    for (size_t k = before + count; k < job->eight_row; ++k)
+    for (; k < count; k += 16) {
+        const __mmask16 some = count - k < 16 ? (__mmask16)((1u << (count - k)) - 1) : (__mmask16)0xFFFF;
+        const __m128i bytes = _mm512_cvtepi32_epi8(integers(_mm512_maskz_loadu_ps(some, in + k), times));
+        _mm_mask_storeu_epi8(out + before + k, some, _mm_xor_si128(bytes, _mm_set1_epi8((char)0x80)));
+    }
+    for (k = before + count; k < job->eight_row; ++k)
         out[k] = 128;
 }
 
