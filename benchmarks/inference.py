@@ -65,16 +65,16 @@ class Target:
 
 
 TARGETS = [
-    Target("W1A1 3x3 convolution, packed in and out", "conv-*", "W1A1", "float32", 15, 20),
-    Target("", "conv-*", "W1A1", "int8", 4, 5.5),
-    Target("", "conv-*", "W1A1", "binary", 1.0, 1.2),
-    Target("the same with batch norm, residual and sign", "conv-*", "W1A1 fused", "W1A1", 1.15, 1.03, most=True),
-    Target("W1A1 3x3 convolution, AVX2", "conv-*", "W1A1", "float32", 7, 10, isa="avx2"),
+    Target("W1A1 3x3 convolution, >= 128 channels, packed in and out", "conv-[125]*", "W1A1", "float32", 15, 20),
+    Target("", "conv-[125]*", "W1A1", "int8", 4, 5.5),
+    Target("", "conv-[125]*", "W1A1", "binary", 1.0, 1.2),
+    Target("the same with batch norm, residual and sign", "conv-[125]*", "W1A1 fused", "W1A1", 1.15, 1.03, most=True),
+    Target("W1A1 3x3 convolution, >= 128 channels, AVX2", "conv-[125]*", "W1A1", "float32", 7, 10, isa="avx2"),
     Target("W1A32 3x3 convolution", "conv-*", "W1A32", "float32", 1.7, 2.2),
     Target("", "conv-*", "W1A32", "bf16", None, 1.0),
     Target("W1A8 3x3 convolution", "conv-*", "W1A8", "int8", 0.9, 1.0),
-    Target("GEMV, W1A32", "gemv-*", "W1A32", "float32", 12, 20),
-    Target("GEMV, W1A1", "gemv-*", "W1A1", "float32", 75, 110),
+    Target("GEMV 4096, W1A32", "gemv-4096", "W1A32", "float32", 12, 20),
+    Target("GEMV 4096, W1A1", "gemv-4096", "W1A1", "float32", 75, 110),
     Target("ResNet-18, 224x224, W1A1", "resnet18-224-w1a1", "W1A1", "float32", 6, 9),
     Target("", "resnet18-224-w1a1", "W1A1", "int8", None, 2.5),
     Target("", "resnet18-224-w1a1", "W1A1", "binary", 1.0, 1.4),
