@@ -105,7 +105,7 @@ def rows(scripts: tuple[Any, Any]) -> dict[str, dict[str, Any]]:
         found[main.key(case, threads, 1)] = row
 
     add(
-        "conv-64@56",
+        "conv-128@28",
         1,
         {
             "abste avx512 W1A1": engine("W1A1", 100e-6),
@@ -116,7 +116,7 @@ def rows(scripts: tuple[Any, Any]) -> dict[str, dict[str, Any]]:
             "openvino-binary": engine("binary", 90e-6),
         },
     )
-    add("conv-64@32", 1, {"abste avx512 W1A1": engine("W1A1", 100e-6), "torch": engine("float32", 1600e-6)})
+    add("conv-128@16", 1, {"abste avx512 W1A1": engine("W1A1", 100e-6), "torch": engine("float32", 1600e-6)})
     add("resnet18-224-w1a1", 1, {"abste avx512 W1A1": engine("W1A1", 9e-3)})
     add("resnet18-224-w1a1", 2, {"abste avx512 W1A1": engine("W1A1", 5e-3), "torch": engine("float32", 1e-3)})
     memory = {"bytes": 0, "file_bytes": 10, "load_and_answer_seconds": 0.1}
@@ -133,15 +133,15 @@ def test_verdicts(scripts: tuple[Any, Any]) -> None:
         (found,) = [line for line in lines if all(part in line for part in parts)]
         return found
 
-    assert line("packed in and out").endswith("| 15 | 20 | 16.00 | 64@56 20.00, 64@32 16.00 | must |")
+    assert line("packed in and out").endswith("| 15 | 20 | 16.00 | 128@28 20.00, 128@16 16.00 | must |")
     assert line("OpenVINO, binary", "| 1 | 1.2 |").endswith("| 0.90 |  | **below must** |")
     assert line("without them").endswith("| 1.15 | 1.03 | 1.20 |  | **below must** |")
     assert line("AVX2").endswith("| 7 | 10 | 8.00 |  | must |")
     assert line("second core").endswith("| 1.6 | 1.85 | 1.80 |  | must |")
     assert line("memory").endswith("| 8 | 12 | 9.00 |  | must |")
     contended = rows(scripts)
-    contended[main.key("conv-64@32", 1, 1)]["engines"]["torch"]["contended"] = True
-    assert "| 16.00~ | 64@56 20.00, 64@32 16.00~ | must |" in main.targets_table(contended)[2]
+    contended[main.key("conv-128@16", 1, 1)]["engines"]["torch"]["contended"] = True
+    assert "| 16.00~ | 128@28 20.00, 128@16 16.00~ | must |" in main.targets_table(contended)[2]
     assert line("W1A8").endswith("| 0.9 | 1 | - | | not measured |")
 
 
@@ -150,9 +150,9 @@ def test_table(scripts: tuple[Any, Any]) -> None:
     result = {**main.circumstances(), "rows": rows(scripts)}
     text = main.table(result)
     assert parts.RULE in text and result["machine"]["processor"] in text
-    cells = "| conv-64@56 | 1 | 1 | avx512 W1A1 | 100.0 | 2,312 | 2,000 openvino (20.00x) |  |  | 90.0 (0.90x) |"
+    cells = "| conv-128@28 | 1 | 1 | avx512 W1A1 | 100.0 | 2,312 | 2,000 openvino (20.00x) |  |  | 90.0 (0.90x) |"
     assert cells in text
-    assert "- x is left out: gone. (conv-64@56, 1 thread, batch 1; conv-64@32" in text
+    assert "- x is left out: gone. (conv-128@28, 1 thread, batch 1; conv-128@16" in text
     assert "| onnxruntime | 0.0 | 0.00 | 100 |" in text
 
 

@@ -100,6 +100,8 @@ ABSTE_API const char *abste_isa_name(abste_isa isa);
 #define ABSTE_INT8_BINARY 1u /* sign_conv: binary weights and float inputs */
 #define ABSTE_INT8_STEM 2u   /* conv that reads an input of the network */
 #define ABSTE_INT8_FLOAT 4u  /* every other conv */
+/* Whether an instruction set has kernels of its own for these; the scalar ones, which serve then, are slower than the exact layer. */
+ABSTE_API int abste_has_int8(abste_isa isa);
 
 /* A freshly loaded model runs the scalar code and reads its weights where they are. The kernels of an instruction set want them
  * in an order of their own: abste_pack writes them once into memory of the caller's, of abste_packed_bytes bytes and aligned to

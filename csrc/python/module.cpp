@@ -421,6 +421,14 @@ NB_MODULE(_native, module) {
                 names.append(abste_isa_name(static_cast<abste_isa>(i)));
         return names;
     });
+    // Those with kernels for integers of eight bits.
+    module.def("int8_isas", [] {
+        nb::list names;
+        for (int i = 0; i < ABSTE_ISA_COUNT; ++i)
+            if (abste_has_int8(static_cast<abste_isa>(i)))
+                names.append(abste_isa_name(static_cast<abste_isa>(i)));
+        return names;
+    });
     module.attr("INT8_BINARY") = ABSTE_INT8_BINARY;
     module.attr("INT8_STEM") = ABSTE_INT8_STEM;
     module.attr("INT8_FLOAT") = ABSTE_INT8_FLOAT;

@@ -70,6 +70,8 @@ const char *abste_isa_name(abste_isa isa) {
     return (unsigned)isa < ABSTE_ISA_COUNT ? names[isa] : NULL;
 }
 
+int abste_has_int8(abste_isa isa) { return abste_has(isa) && VARIANTS[isa] && VARIANTS[isa]->int8.row; }
+
 size_t abste_node_packed_bytes(const abste_model *model, const abste_variant *variant, uint32_t int8, const abste_node_record *node) {
     size_t bytes = 0;
     if (abste_int8(model, int8, node))

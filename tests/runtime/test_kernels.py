@@ -196,6 +196,8 @@ def test_eight_bits_are_near_and_where_they_were_asked_for() -> None:
         assert network.int8 == int8
         off = np.abs(network(image, layout="nhwc")[0] - exact).max() / np.abs(exact).max()
         assert off == 0 if int8 is None else 0 < off < 0.03
+    with pytest.warns(UserWarning, match=r"int8='all': there are no kernels for scalar"):
+        Network(file, "a test", "scalar", "all")
     with pytest.raises(ConfigError, match=r"int8='steem'; .*'stem'"):
         Network(file, "a test", int8="steem")  # type: ignore[arg-type]
 

@@ -20,7 +20,7 @@ from abste.bench import measure, peers
 from abste.bench.measure import Spread
 from abste.deploy import format as abste_format
 from abste.errors import ConfigError
-from abste.runtime.network import Int8, Network, available_cores, isas, load
+from abste.runtime.network import Int8, Network, available_cores, int8_isas, isas, load
 
 REST = 0.002
 """Seconds before each turn where engines have several threads: those of the one before go on spinning for a while."""
@@ -132,6 +132,11 @@ class Benchmark:
         return "\n".join(lines)
 
 
+def _usual(int8: Int8 | None) -> list[str]:
+    """The instruction sets of this machine: of layers in int8 those that have kernels for it, if any."""
+    return [name for name in isas() if int8 is None or name in int8_isas()] or isas()
+
+
 def bench(
     path: str | os.PathLike[str],
     *,
@@ -167,7 +172,7 @@ def bench(
     if batch < 1 or min(threads) < 1 or not seconds > 0:
         raise ConfigError("--batch, --threads and --seconds must be positive.")
     wanted = peers.chosen(peer_names)
-    networks = {name: load(path, isa=name, int8=int8) for name in dict.fromkeys(isa or isas())}
+    networks = {name: load(path, isa=name, int8=int8) for name in dict.fromkeys(isa or _usual(int8))}
     first = next(iter(networks.values()))
     rng = np.random.default_rng(0)
     inputs = [rng.normal(size=(batch, *value.shape)).astype(np.float32) for value in first.inputs]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -113,6 +114,12 @@ class Network:
             raise ConfigError(f"int8={int8!r}; {nearest(str(int8), [key for key in _INT8 if key])}")
         self.isa = _chosen(isa)
         self.int8 = int8
+        if int8 is not None and self.isa not in int8_isas():
+            warnings.warn(
+                f"int8={int8!r}: there are no kernels for {self.isa} that compute with integers of eight bits; these "
+                "layers will be slower than exact.",
+                stacklevel=3,
+            )
         self.packed_bytes = int(self._model.packed_bytes(self.isa, _INT8[int8]))
         self._name = name
         self.file_bytes = int(data.nbytes)
@@ -321,6 +328,11 @@ def _array(x: Any, value: _Tensor, layout: Layout) -> Array:
 def isas() -> list[str]:
     """The instruction sets of this machine that there are kernels for, the fastest first; the last is ``"scalar"``."""
     return _native.isas()
+
+
+def int8_isas() -> list[str]:
+    """Those that have kernels for layers in integers of eight bits; to others, these are slower than exact ones."""
+    return _native.int8_isas()
 
 
 def _chosen(isa: str | None) -> str:
