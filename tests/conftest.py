@@ -9,6 +9,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from random_graphs import random_graph
+
+__all__ = ["random_graph"]
 
 torch.set_num_threads(1)
 

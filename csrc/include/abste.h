@@ -82,7 +82,7 @@ ABSTE_API size_t abste_arena_bytes(const abste_model *model);
 typedef enum {
     ABSTE_SCALAR = 0,
     ABSTE_NEON,   /* 64-bit ARM: every such machine */
-    ABSTE_AVX2,   /* with F16C: Intel from Haswell, AMD from Zen */
+    ABSTE_AVX2,   /* Intel from Haswell, AMD from Zen */
     ABSTE_AVX512, /* with VPOPCNTDQ and VNNI: Intel from Ice Lake, AMD from Zen 4 */
     ABSTE_ISA_COUNT
 } abste_isa;
@@ -120,8 +120,9 @@ typedef struct {
 } abste_value_info;
 
 /* A node: the module it came from, the operation, and sizes. `weight_bits` is 1, 16, 32 or 0; `weight_count` counts weights;
- * `macs` are multiply-accumulates for one image, padding included; `work` are those, or the numbers that a window of a pool
- * reads, or the numbers written: a measure of how long it takes; `input_bits` is 1 or 32, or 8 after an abste_pack that said so. `out` is the value it writes (its float one if both). */
+ * `input_bits` is 1 or 32, or 8 after an abste_pack that said so; `macs` are multiply-accumulates for one image, padding included;
+ * `work` are those, or the numbers that a window of a pool reads, or the numbers written: a measure of how long it takes. `out` is the
+ * value it writes (its float one if both). */
 typedef struct {
     const char *name, *operation;
     uint32_t out, step_count, weight_bits, weight_count, input_bits;

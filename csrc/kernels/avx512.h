@@ -18,20 +18,8 @@
 #define LOAD_FEW(p, some) _mm512_maskz_loadu_ps((__mmask16)((1u << (some)) - 1), p)
 #define STORE_FEW(p, v, some) _mm512_mask_storeu_ps(p, (__mmask16)((1u << (some)) - 1), v)
 
-size_t abste_xnor_bytes_avx512(const abste_model *model, const abste_node_record *node);
-void abste_xnor_pack_avx512(const abste_model *model, const abste_node_record *node, void *memory);
-void abste_xnor_avx512(const abste_job *job, uint32_t y, uint32_t o, uint32_t n);
-size_t abste_conv_bytes_avx512(const abste_model *model, const abste_node_record *node);
-void abste_conv_pack_avx512(const abste_model *model, const abste_node_record *node, void *memory);
-void abste_conv_avx512(const abste_job *job, uint32_t y, uint32_t o, uint32_t n);
-size_t abste_sign_conv_bytes_avx512(const abste_model *model, const abste_node_record *node);
-void abste_sign_conv_pack_avx512(const abste_model *model, const abste_node_record *node, void *memory);
-void abste_sign_conv_avx512(const abste_job *job, uint32_t y, uint32_t o, uint32_t n);
-size_t abste_int8_bytes_avx512(const abste_model *model, const abste_node_record *node);
-void abste_int8_pack_avx512(const abste_job *job, void *memory);
-void abste_int8_most_avx512(const abste_job *job, uint32_t y);
-void abste_int8_row_avx512(const abste_job *job, uint32_t y);
-void abste_int8_avx512(const abste_job *job, uint32_t y, uint32_t o, uint32_t n);
+extern const abste_packed_kernel abste_conv_avx512, abste_sign_conv_avx512, abste_xnor_avx512;
+extern const abste_int8_kernel abste_int8_avx512;
 
 /* A number that all lanes share, read from memory by the operation itself: that is free, while a broadcast to a register, which
  * compilers make of it when it is used twice, takes the place of an addition. */

@@ -46,9 +46,7 @@ KERNELS(12)
 
 static const conv_summer SUMMERS[] = {{12, sum_12}, {7, sum_7}, {4, sum_4}, {2, sum_2}, {1, sum_1}};
 
-size_t abste_conv_bytes_avx512(const abste_model *model, const abste_node_record *node) { return conv_bytes(model, node); }
+static void row_of(const abste_job *job, uint32_t y, uint32_t o, uint32_t n) { conv_row(job, y, o, n, SUMMERS); }
 
-void abste_conv_pack_avx512(const abste_model *model, const abste_node_record *node, void *memory) { conv_pack(model, node, memory); }
-
-void abste_conv_avx512(const abste_job *job, uint32_t y, uint32_t o, uint32_t n) { conv_row(job, y, o, n, SUMMERS); }
+const abste_packed_kernel abste_conv_avx512 = {conv_bytes, conv_pack, row_of, 0};
 #endif

@@ -37,36 +37,36 @@ static sizes sizes_of(const abste_node_record *node, shape it) {
     return s;
 }
 
-size_t abste_int8_bytes_avx512(const abste_model *model, const abste_node_record *node) {
+static size_t bytes_of(const abste_model *model, const abste_node_record *node) {
     const uint32_t blocks = (written_by(model, node)->c + OUTPUTS - 1) / OUTPUTS;
     return blocks * sizes_of(node, shape_of(node, value_at(model, node->in0)->c)).block;
 }
 
-void abste_int8_pack_avx512(const abste_job *job, void *memory) {
-    const abste_node_record *node = job->node;
-    const shape it = shape_of(node, job->C);
+static void pack(const abste_model *model, const abste_node_record *node, void *memory) {
+    const abste_job job = abste_job_of(model, node);
+    const shape it = shape_of(node, job.C);
     const sizes s = sizes_of(node, it);
     const uint32_t kh = node->kernel[0], kw = node->kernel[1];
     const int bits = as_bits(node, it);
     uint8_t *out = memory;
-    for (uint32_t o = 0; o < job->c; o += OUTPUTS, out += s.block) {
+    for (uint32_t o = 0; o < job.c; o += OUTPUTS, out += s.block) {
         int32_t *added = (int32_t *)(void *)(out + s.weights);
         float *scales = (float *)(void *)(added + kh * OUTPUTS);
         for (size_t k = 0; k < s.block; ++k)
             out[k] = 0;
-        for (uint32_t m = 0; m < OUTPUTS && o + m < job->c; ++m) {
+        for (uint32_t m = 0; m < OUTPUTS && o + m < job.c; ++m) {
             float times = 0;
-            scales[m] = node->op == OP_CONV ? abste_int8_scale(job, o + m, &times) : 1;
+            scales[m] = node->op == OP_CONV ? abste_int8_scale(&job, o + m, &times) : 1;
             for (uint32_t i = 0; i < kh; ++i)
                 for (uint32_t run = 0; run < it.runs; ++run)
                     for (uint32_t byte = 0; byte < it.bytes; ++byte) {
-                        const uint32_t j = it.runs > 1 ? run : byte / job->C, k = byte % job->C;
+                        const uint32_t j = it.runs > 1 ? run : byte / job.C, k = byte % job.C;
                         const size_t tap = (size_t)i * kw + j;
                         int8_t weight;
                         if (node->op == OP_CONV)
-                            weight = abste_int8_of(abste_weight(job, (tap * job->C + k) * job->c + o + m), times);
+                            weight = abste_int8_of(abste_weight(&job, (tap * job.C + k) * job.c + o + m), times);
                         else
-                            weight = bits_at(job->weight, ((uint64_t)(o + m) * kh * kw + tap) * job->C + k, 1) ? 1 : -1;
+                            weight = bits_at(job.weight, ((uint64_t)(o + m) * kh * kw + tap) * job.C + k, 1) ? 1 : -1;
                         const size_t four = (size_t)run * it.fours + byte / 4, at = (four * OUTPUTS + m) * 4 + byte % 4;
                         if (bits)
                             out[i * s.row + at / 8] |= (uint8_t)((weight > 0) << at % 8);
@@ -80,7 +80,7 @@ void abste_int8_pack_avx512(const abste_job *job, void *memory) {
 
 TARGET static inline __m512 larger(__m512 most, __m512 v) { return _mm512_max_ps(_mm512_abs_ps(v), most); } /* of NaN, `most` */
 
-TARGET void abste_int8_most_avx512(const abste_job *job, uint32_t y) {
+TARGET static void most_of_row(const abste_job *job, uint32_t y) {
     const float *in = job->in + (size_t)y * job->W * job->C;
     const size_t count = (size_t)job->W * job->C;
     __m512 most[4];
@@ -102,7 +102,7 @@ TARGET static inline __m512i integers(__m512 v, __m512 times) {
     return _mm512_maskz_cvtps_epi32(_mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), clamped);
 }
 
-TARGET void abste_int8_row_avx512(const abste_job *job, uint32_t y) {
+TARGET static void integers_of_row(const abste_job *job, uint32_t y) {
     const float *in = job->in + (size_t)y * job->W * job->C;
     uint8_t *out = job->eight + (size_t)y * job->eight_row;
     const size_t before = (size_t)job->node->padding[1] * job->C, count = (size_t)job->W * job->C;
@@ -191,7 +191,7 @@ static uint32_t pixels_of(uint32_t left) {
     return left % 7 == 0 ? 7 : left >= 8 ? 8 : left >= 7 ? 7 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
 }
 
-void abste_int8_avx512(const abste_job *job, uint32_t y, uint32_t o, uint32_t n) {
+static void row_of(const abste_job *job, uint32_t y, uint32_t o, uint32_t n) {
     const abste_node_record *node = job->node;
     const shape it = shape_of(node, job->C);
     const sizes s = sizes_of(node, it);
@@ -222,4 +222,6 @@ void abste_int8_avx512(const abste_job *job, uint32_t y, uint32_t o, uint32_t n)
         job->finish(job, y, x, pixels, o, n, sums);
     }
 }
+
+const abste_int8_kernel abste_int8_avx512 = {{bytes_of, pack, row_of, 0}, most_of_row, integers_of_row, NULL};
 #endif

@@ -9,7 +9,7 @@
 #include <string.h>
 
 #define MOST_TERMS (1u << 17) /* 127 * 127 * this fits an i32 */
-#define MOST_REACH 64u
+#define MOST_REACH 64u        /* of padding and taps: integers take little more memory than inputs */
 
 int abste_int8(const abste_model *model, uint32_t which, const abste_node_record *node) {
     const abste_value_record *in = value_at(model, node->in0);
@@ -27,7 +27,7 @@ int abste_int8(const abste_model *model, uint32_t which, const abste_node_record
 uint64_t abste_int8_scratch(const abste_model *model, const abste_node_record *node) {
     const abste_value_record *in = value_at(model, node->in0);
     const uint64_t row = ((uint64_t)node->padding[1] + in->w + node->padding[3]) * in->c;
-    return (row * in->h + 64 + 63) / 64 * 64 + ((uint64_t)in->h * sizeof(float) + 63) / 64 * 64;
+    return abste_int8_rows_bytes(row * in->h) + ((uint64_t)in->h * sizeof(float) + 63) / 64 * 64;
 }
 
 float abste_weight(const abste_job *job, size_t at) {
@@ -61,7 +61,7 @@ int8_t abste_int8_of(float number, float times) {
     return (int8_t)(int32_t)((v + 12582912.0f) - 12582912.0f);
 }
 
-void abste_int8_most_scalar(const abste_job *job, uint32_t y) {
+static void most_of_row(const abste_job *job, uint32_t y) {
     const float *in = job->in + (size_t)y * job->W * job->C;
     int32_t most = 0;
     for (size_t k = 0; k < (size_t)job->W * job->C; ++k) {
@@ -71,7 +71,7 @@ void abste_int8_most_scalar(const abste_job *job, uint32_t y) {
     memcpy(&job->row_most[y], &most, sizeof most);
 }
 
-void abste_int8_row_scalar(const abste_job *job, uint32_t y) {
+static void integers_of_row(const abste_job *job, uint32_t y) {
     const abste_node_record *node = job->node;
     const float *in = job->in + (size_t)y * job->W * job->C;
     int8_t *out = (int8_t *)job->eight + (size_t)y * job->eight_row;
@@ -89,23 +89,24 @@ static size_t weights_of(const abste_model *model, const abste_node_record *node
     return ((size_t)blob_at(model, node->weight)->count + 63) / 64 * 64;
 }
 
-size_t abste_int8_bytes_scalar(const abste_model *model, const abste_node_record *node) {
+static size_t bytes_of(const abste_model *model, const abste_node_record *node) {
     return node->op == OP_SIGN_CONV ? 0 : weights_of(model, node) + written_by(model, node)->c * sizeof(float);
 }
 
-void abste_int8_pack_scalar(const abste_job *job, void *memory) {
+static void pack(const abste_model *model, const abste_node_record *node, void *memory) {
+    const abste_job job = abste_job_of(model, node);
     int8_t *out = memory;
-    float *scales = (float *)(void *)((uint8_t *)memory + weights_of(job->model, job->node));
-    const size_t terms = (size_t)job->node->kernel[0] * job->node->kernel[1] * job->C;
-    for (uint32_t o = 0; o < job->c; ++o) {
+    float *scales = (float *)(void *)((uint8_t *)memory + weights_of(model, node));
+    const size_t terms = (size_t)node->kernel[0] * node->kernel[1] * job.C;
+    for (uint32_t o = 0; o < job.c; ++o) {
         float times;
-        scales[o] = abste_int8_scale(job, o, &times);
+        scales[o] = abste_int8_scale(&job, o, &times);
         for (size_t k = 0; k < terms; ++k)
-            out[k * job->c + o] = abste_int8_of(abste_weight(job, k * job->c + o), times);
+            out[k * job.c + o] = abste_int8_of(abste_weight(&job, k * job.c + o), times);
     }
 }
 
-void abste_int8_scalar(const abste_job *job, uint32_t y, uint32_t x, uint32_t o, uint32_t n, abste_sums *sums) {
+static void sums_of_pixel(const abste_job *job, uint32_t y, uint32_t x, uint32_t o, uint32_t n, abste_sums *sums) {
     const abste_node_record *node = job->node;
     const int64_t row = (int64_t)y * node->stride[0] - node->padding[0];
     const abste_range is = taps_inside(row, node->kernel[0], node->dilation[0], job->H);
@@ -133,7 +134,10 @@ void abste_int8_scalar(const abste_job *job, uint32_t y, uint32_t x, uint32_t o,
                 }
             }
         }
-    const float *scales = node->op == OP_CONV ? (const float *)(const void *)((const uint8_t *)job->packed + weights_of(job->model, node)) + o : NULL;
+    const uint8_t *packed = job->packed;
+    const float *scales = node->op == OP_CONV ? (const float *)(const void *)(packed + weights_of(job->model, node)) + o : NULL;
     for (uint32_t m = 0; m < n; ++m)
         sums->f[m] = (float)total[m] * (scales ? job->eight_scale * scales[m] : job->eight_scale);
 }
+
+const abste_int8_kernel abste_int8_scalar = {{bytes_of, pack, NULL, 0}, most_of_row, integers_of_row, sums_of_pixel};

@@ -92,11 +92,7 @@ static void add(const addition *what) {
         }
 }
 
-size_t abste_sign_conv_bytes_neon(const abste_model *model, const abste_node_record *node) { return sign_conv_bytes(model, node); }
+static void row_of(const abste_job *job, uint32_t y, uint32_t o, uint32_t n) { sign_conv_row(job, y, o, n, tabulate, add); }
 
-void abste_sign_conv_pack_neon(const abste_model *model, const abste_node_record *node, void *memory) {
-    sign_conv_pack(model, node, memory);
-}
-
-void abste_sign_conv_neon(const abste_job *job, uint32_t y, uint32_t o, uint32_t n) { sign_conv_row(job, y, o, n, tabulate, add); }
+const abste_packed_kernel abste_sign_conv_neon = {sign_conv_bytes, sign_conv_pack, row_of, 1};
 #endif

@@ -81,11 +81,7 @@ static const adder ADDERS[9] = {NULL, add_1, add_2, add_3, add_4, add_5, add_6, 
 
 static void add(const addition *what) { add_by(ADDERS, 8, what); }
 
-size_t abste_sign_conv_bytes_avx2(const abste_model *model, const abste_node_record *node) { return sign_conv_bytes(model, node); }
+static void row_of(const abste_job *job, uint32_t y, uint32_t o, uint32_t n) { sign_conv_row(job, y, o, n, tabulate, add); }
 
-void abste_sign_conv_pack_avx2(const abste_model *model, const abste_node_record *node, void *memory) {
-    sign_conv_pack(model, node, memory);
-}
-
-void abste_sign_conv_avx2(const abste_job *job, uint32_t y, uint32_t o, uint32_t n) { sign_conv_row(job, y, o, n, tabulate, add); }
+const abste_packed_kernel abste_sign_conv_avx2 = {sign_conv_bytes, sign_conv_pack, row_of, 1};
 #endif

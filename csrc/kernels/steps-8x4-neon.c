@@ -5,25 +5,9 @@
 #include "finish.h"
 #include "window.h"
 
-static size_t packed_bytes(const abste_model *model, const abste_node_record *node) {
-    return node->op == OP_XNOR        ? abste_xnor_bytes_neon(model, node)
-           : node->op == OP_SIGN_CONV ? abste_sign_conv_bytes_neon(model, node)
-           : node->op == OP_CONV      ? abste_conv_bytes_neon(model, node)
-                                      : 0;
-}
-
-static void pack(const abste_model *model, const abste_node_record *node, void *memory) {
-    (node->op == OP_XNOR        ? abste_xnor_pack_neon
-     : node->op == OP_SIGN_CONV ? abste_sign_conv_pack_neon
-                                : abste_conv_pack_neon)(model, node, memory);
-}
-
-const abste_variant abste_variant_neon = {.packed_bytes = packed_bytes,
-                                          .in_place = window_kernel,
-                                          .pack = pack,
-                                          .rows = {[OP_CONV] = abste_conv_neon,
-                                                   [OP_SIGN_CONV] = abste_sign_conv_neon,
-                                                   [OP_XNOR] = abste_xnor_neon},
-                                          .whole = {[OP_SIGN_CONV] = 1},
-                                          .finish = finish};
+const abste_variant abste_variant_neon = {
+    .packed = {[OP_CONV] = &abste_conv_neon, [OP_SIGN_CONV] = &abste_sign_conv_neon, [OP_XNOR] = &abste_xnor_neon},
+    .in_place = window_kernel,
+    .finish = finish,
+};
 #endif

@@ -90,9 +90,7 @@ KERNEL(2)
 
 static const counter COUNTERS[3] = {NULL, count_1, count_2};
 
-size_t abste_xnor_bytes_neon(const abste_model *model, const abste_node_record *node) { return xnor_bytes(model, node); }
+static void row_of(const abste_job *job, uint32_t y, uint32_t o, uint32_t n) { xnor_row(job, y, o, n, COUNTERS, 2, 32, 0); }
 
-void abste_xnor_pack_neon(const abste_model *model, const abste_node_record *node, void *memory) { xnor_pack(model, node, memory); }
-
-void abste_xnor_neon(const abste_job *job, uint32_t y, uint32_t o, uint32_t n) { xnor_row(job, y, o, n, COUNTERS, 2, 32, 0); }
+const abste_packed_kernel abste_xnor_neon = {xnor_bytes, xnor_pack, row_of, 0};
 #endif

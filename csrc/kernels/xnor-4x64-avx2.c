@@ -182,10 +182,8 @@ KERNELS(2)
 static const counter COUNTERS[2][5] = {{NULL, count_1_1, count_2_1, count_3_1, count_4_1},
                                        {NULL, count_1_2, count_2_2, count_3_2, count_4_2}};
 
-size_t abste_xnor_bytes_avx2(const abste_model *model, const abste_node_record *node) { return xnor_bytes(model, node); }
-
 /* Bytes of the words of 64 channels, taken apart. */
-void abste_xnor_pack_avx2(const abste_model *model, const abste_node_record *node, void *memory) {
+static void pack_bytes(const abste_model *model, const abste_node_record *node, void *memory) {
     xnor_pack(model, node, memory);
     uint8_t *at = memory, bytes[4 * BLOCK];
     for (const uint8_t *end = at + xnor_bytes(model, node); at < end; at += sizeof bytes) {
@@ -196,7 +194,9 @@ void abste_xnor_pack_avx2(const abste_model *model, const abste_node_record *nod
     }
 }
 
-void abste_xnor_avx2(const abste_job *job, uint32_t y, uint32_t o, uint32_t n) {
+static void row_of(const abste_job *job, uint32_t y, uint32_t o, uint32_t n) {
     xnor_row(job, y, o, n, COUNTERS[n > 32], 4, n > 32 ? 64 : 32, 0);
 }
+
+const abste_packed_kernel abste_xnor_avx2 = {xnor_bytes, pack_bytes, row_of, 0};
 #endif

@@ -80,15 +80,13 @@ KERNEL(1, 4)
 static const counter COUNTERS[8] = {NULL, count_1_2, count_2_2, count_3_2, count_4_2, count_5_2, count_6_2, count_7_2};
 static const counter SINGLE[2] = {NULL, count_1_4};
 
-size_t abste_xnor_bytes_avx512(const abste_model *model, const abste_node_record *node) { return xnor_bytes(model, node); }
-
-void abste_xnor_pack_avx512(const abste_model *model, const abste_node_record *node, void *memory) { xnor_pack(model, node, memory); }
-
 /* A linear layer reads each weight once: from front to back is fastest. */
-void abste_xnor_avx512(const abste_job *job, uint32_t y, uint32_t o, uint32_t n) {
+static void row_of(const abste_job *job, uint32_t y, uint32_t o, uint32_t n) {
     if (job->w == 1)
         xnor_row(job, y, o, n, SINGLE, 1, 64, 1);
     else
         xnor_row(job, y, o, n, COUNTERS, 7, 32, 1);
 }
+
+const abste_packed_kernel abste_xnor_avx512 = {xnor_bytes, xnor_pack, row_of, 0};
 #endif

@@ -115,7 +115,7 @@ typedef union {
     int32_t i[BLOCK]; /* of xnor */
 } abste_sums;
 
-#define ROWS_AT_ONCE 4u
+#define ROWS_AT_ONCE 4u /* that share what a kernel prepares */
 
 typedef struct abste_job abste_job;
 
@@ -158,8 +158,8 @@ struct abste_job {
     uint8_t *eight;
     size_t eight_row;
     float eight_scale, eight_times, *row_most;
-    const abste_step *steps;
-    uint32_t number;        /* of the node */
+    const abste_step *steps; /* those of the node, for all finishes but the scalar one */
+    uint32_t number;         /* of the node */
     float *out;
     uint32_t *out_bits;
 };
@@ -175,25 +175,33 @@ static inline const float *operand_at(const abste_job *job, const abste_step_rec
     return floats(job, step->a) + ((size_t)y * job->w + x) * *step_to_next;
 }
 
+/* A kernel of an operation that wants the weight in an order of its own. */
+typedef struct {
+    /* Bytes of a node's weight in that order; 0 where the scalar kernel serves. */
+    size_t (*bytes)(const abste_model *model, const abste_node_record *node);
+    void (*pack)(const abste_model *model, const abste_node_record *node, void *memory);
+    abste_row_kernel row;
+    /* It prepares something from its inputs that serves many channels, and rows of outputs: it wants all channels at once, not BLOCK,
+     * and ROWS_AT_ONCE rows. */
+    int whole;
+} abste_packed_kernel;
+
+/* A kernel of convolutions with inputs of eight bits. */
+typedef struct {
+    abste_packed_kernel packed;
+    void (*most)(const abste_job *job, uint32_t y);   /* finds the largest of a row of inputs: job->row_most[y] */
+    void (*inputs)(const abste_job *job, uint32_t y); /* makes a row of integers: job->eight */
+    abste_kernel kernel;                              /* where packed.row is NULL */
+} abste_int8_kernel;
+
+extern const abste_int8_kernel abste_int8_scalar;
+
 /* Kernels for one instruction set. Where it has none for a node, the scalar ones serve. */
 typedef struct {
-    /* Bytes of a node's weight in the order of this variant, a multiple of 64; 0 where the scalar kernel serves. */
-    size_t (*packed_bytes)(const abste_model *model, const abste_node_record *node);
-    void (*pack)(const abste_model *model, const abste_node_record *node, void *memory);
-    /* What serves a node that has no weight in an order of this variant, or NULL. */
+    const abste_packed_kernel *packed[OP_COUNT];
+    /* What reads the weight of a node where it is, or has none; NULL where there is no such kernel. */
     abste_row_kernel (*in_place)(const abste_model *model, const abste_node_record *node);
-    abste_row_kernel rows[OP_COUNT];
-    /* rows[op] prepares something from its inputs that serves many channels, and rows of outputs: it wants all channels at once, not
-     * BLOCK, and ROWS_AT_ONCE rows. */
-    uint8_t whole[OP_COUNT];
-    /* Convolutions with inputs of eight bits, where there is such a kernel: as above, and what turns a row of inputs into them. */
-    struct {
-        size_t (*packed_bytes)(const abste_model *model, const abste_node_record *node);
-        void (*pack)(const abste_job *job, void *memory);
-        void (*most)(const abste_job *job, uint32_t y);
-        void (*inputs)(const abste_job *job, uint32_t y);
-        abste_row_kernel row;
-    } int8;
+    const abste_int8_kernel *int8; /* or NULL */
     /* Sends the sums of neighbouring pixels, sums[0], sums[1]..., through job->steps, and stores what it writes.
      * Never called with traces, nor where there are more than MOST_STEPS. */
     void (*finish)(const abste_job *job, uint32_t y, uint32_t x, uint32_t pixels, uint32_t o, uint32_t n, abste_sums *sums);
@@ -202,19 +210,19 @@ typedef struct {
 /* Whether a node's inputs become integers of eight bits, if `which` are to; and the memory for them. */
 int abste_int8(const abste_model *model, uint32_t which, const abste_node_record *node);
 uint64_t abste_int8_scratch(const abste_model *model, const abste_node_record *node);
+/* Kernels may read a little beyond the integers. */
+static inline uint64_t abste_int8_rows_bytes(uint64_t integers) { return (integers + 64 + 63) / 64 * 64; }
 /* What kernels share: a float weight of any type, the scale of an output channel's, and a float as an integer. */
 float abste_weight(const abste_job *job, size_t at);
 float abste_int8_scale(const abste_job *job, uint32_t o, float *times);
 int8_t abste_int8_of(float number, float times);
 float abste_from_half(uint16_t half);
-size_t abste_int8_bytes_scalar(const abste_model *model, const abste_node_record *node);
-void abste_int8_pack_scalar(const abste_job *job, void *memory);
-void abste_int8_most_scalar(const abste_job *job, uint32_t y);
-void abste_int8_row_scalar(const abste_job *job, uint32_t y);
-void abste_int8_scalar(const abste_job *, uint32_t, uint32_t, uint32_t, uint32_t, abste_sums *);
-
-/* Bytes of a node's weight in the order of the model's kernels, a multiple of 64. */
-size_t abste_node_packed_bytes(const abste_model *model, const abste_variant *variant, uint32_t int8, const abste_node_record *node);
+static inline const abste_int8_kernel *int8_kernel(const abste_variant *variant) {
+    return variant && variant->int8 ? variant->int8 : &abste_int8_scalar;
+}
+/* Bytes that a node's weight has in memory of abste_pack, a multiple of 64; `kernel`, if not NULL, receives what reads it there. */
+size_t abste_node_packed_bytes(const abste_model *model, const abste_variant *variant, uint32_t int8, const abste_node_record *node,
+                               const abste_packed_kernel **kernel);
 /* The sizes and the weight of a node. */
 abste_job abste_job_of(const abste_model *model, const abste_node_record *node);
 

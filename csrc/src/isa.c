@@ -16,7 +16,7 @@ static int has(unsigned features, unsigned registers, unsigned *b, unsigned *c) 
 
 static int has_avx2(void) {
     unsigned b, c;
-    return has(bit_AVX | bit_F16C, 0x6, &b, &c) && (b & bit_AVX2);
+    return has(bit_AVX, 0x6, &b, &c) && (b & bit_AVX2);
 }
 
 static int has_avx512(void) {
@@ -70,22 +70,23 @@ const char *abste_isa_name(abste_isa isa) {
     return (unsigned)isa < ABSTE_ISA_COUNT ? names[isa] : NULL;
 }
 
-int abste_has_int8(abste_isa isa) { return abste_has(isa) && VARIANTS[isa] && VARIANTS[isa]->int8.row; }
+int abste_has_int8(abste_isa isa) { return abste_has(isa) && VARIANTS[isa] && VARIANTS[isa]->int8; }
 
-size_t abste_node_packed_bytes(const abste_model *model, const abste_variant *variant, uint32_t int8, const abste_node_record *node) {
-    size_t bytes = 0;
-    if (abste_int8(model, int8, node))
-        bytes = (variant && variant->int8.row ? variant->int8.packed_bytes : abste_int8_bytes_scalar)(model, node);
-    else if (variant)
-        bytes = variant->packed_bytes(model, node);
-    return (bytes + 63) / 64 * 64;
+size_t abste_node_packed_bytes(const abste_model *model, const abste_variant *variant, uint32_t int8, const abste_node_record *node,
+                               const abste_packed_kernel **kernel) {
+    const abste_packed_kernel *found = abste_int8(model, int8, node) ? &int8_kernel(variant)->packed
+                                       : variant                     ? variant->packed[node->op]
+                                                                     : NULL;
+    if (kernel)
+        *kernel = found;
+    return found ? (found->bytes(model, node) + 63) / 64 * 64 : 0;
 }
 
 size_t abste_packed_bytes(const abste_model *model, abste_isa isa, uint32_t int8) {
     const abste_variant *variant = abste_isa_name(isa) ? VARIANTS[isa] : NULL;
     size_t bytes = 0;
     for (uint32_t i = 0; i < model->node_count; ++i)
-        bytes += abste_node_packed_bytes(model, variant, int8, node_at(model, i));
+        bytes += abste_node_packed_bytes(model, variant, int8, node_at(model, i), NULL);
     return bytes;
 }
 
@@ -98,16 +99,14 @@ abste_status abste_pack(abste_model *model, abste_isa isa, uint32_t int8, void *
     model->scratch = 0;
     for (uint32_t i = 0; i < model->node_count; ++i) {
         const abste_node_record *node = node_at(model, i);
-        const size_t size = abste_node_packed_bytes(model, variant, int8, node);
+        const abste_packed_kernel *kernel;
+        const size_t size = abste_node_packed_bytes(model, variant, int8, node, &kernel);
         if (abste_int8(model, int8, node)) {
             const uint32_t scratch = (uint32_t)abste_int8_scratch(model, node);
             model->scratch = scratch > model->scratch ? scratch : model->scratch;
-            const abste_job job = abste_job_of(model, node);
-            if (size)
-                (variant && variant->int8.row ? variant->int8.pack : abste_int8_pack_scalar)(&job, at);
-        } else if (size) {
-            variant->pack(model, node, at);
         }
+        if (size)
+            kernel->pack(model, node, at);
         at += size;
     }
     model->packed = needed ? memory : NULL;

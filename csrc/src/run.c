@@ -188,8 +188,8 @@ void abste_finish_scalar(const abste_job *job, uint32_t y, uint32_t x, uint32_t 
         finish_pixel(job, y, x + p, o, n, &sums[p]);
 }
 
-/* What may be done by different threads: a row, or some, of a block of channels. Channels outermost: the weights of a block stay in the cache
- * while all rows pass by. */
+/* What may be done by different threads: a row, or some, of a block of channels. Channels outermost: the weights of a block stay in
+ * the cache while all rows pass by. */
 static void units(void *argument, uint32_t begin, uint32_t end) {
     const abste_job *job = argument;
     _Alignas(64) abste_sums sums;
@@ -220,25 +220,22 @@ static void share(const abste_run_arguments *arguments, uint32_t count, abste_ta
 
 static void find_most(void *argument, uint32_t begin, uint32_t end) {
     const abste_job *job = argument;
-    const abste_variant *variant = job->model->variant;
     for (uint32_t y = begin; y < end; ++y)
-        (variant && variant->int8.row ? variant->int8.most : abste_int8_most_scalar)(job, y);
+        int8_kernel(job->model->variant)->most(job, y);
 }
 
 static void make_inputs(void *argument, uint32_t begin, uint32_t end) {
     const abste_job *job = argument;
-    const abste_variant *variant = job->model->variant;
     for (uint32_t y = begin; y < end; ++y)
-        (variant && variant->int8.row ? variant->int8.inputs : abste_int8_row_scalar)(job, y);
+        int8_kernel(job->model->variant)->inputs(job, y);
 }
 
 /* The inputs as integers, behind the values in the arena. */
 static void prepare_int8(abste_job *job) {
-    const abste_variant *variant = job->model->variant;
     const abste_node_record *node = job->node;
     job->eight = (uint8_t *)job->arguments->arena + job->model->arena_bytes;
     job->eight_row = ((size_t)node->padding[1] + job->W + node->padding[3]) * job->C;
-    job->row_most = (float *)(void *)(job->eight + (job->eight_row * job->H + 64 + 63) / 64 * 64);
+    job->row_most = (float *)(void *)(job->eight + abste_int8_rows_bytes(job->eight_row * job->H));
     share(job->arguments, job->H, find_most, job);
     float most = 0;
     for (uint32_t y = 0; y < job->H; ++y)
@@ -246,8 +243,7 @@ static void prepare_int8(abste_job *job) {
     job->eight_scale = most / 127.0f;
     job->eight_times = 127.0f / most;
     share(job->arguments, job->H, make_inputs, job);
-    job->kernel = abste_int8_scalar;
-    job->row = variant ? variant->int8.row : NULL;
+    job->kernel = int8_kernel(job->model->variant)->kernel;
 }
 
 abste_job abste_job_of(const abste_model *model, const abste_node_record *node) {
@@ -277,7 +273,8 @@ static void look_up_steps(const abste_job *job, abste_step *steps) {
     }
 }
 
-static void run_node(const abste_model *model, const abste_run_arguments *arguments, uint32_t i, const uint8_t *packed) {
+static void run_node(const abste_model *model, const abste_run_arguments *arguments, uint32_t i, const abste_packed_kernel *kernel,
+                     const uint8_t *packed) {
     const abste_node_record *node = node_at(model, i);
     const abste_variant *variant = model->variant;
     uint8_t *arena = arguments->arena;
@@ -303,10 +300,13 @@ static void run_node(const abste_model *model, const abste_run_arguments *argume
         job.out_bits = (uint32_t *)(void *)(arena + value_at(model, node->bits)->offset);
     if (abste_int8(model, model->int8, node)) {
         prepare_int8(&job);
-    } else if (variant) {
-        job.row = packed ? variant->rows[node->op] : variant->in_place(model, node);
-        if (packed && variant->whole[node->op])
+        job.row = kernel->row;
+    } else if (packed) {
+        job.row = kernel->row;
+        if (kernel->whole)
             job.block = job.c, job.rows = node->kernel[0] > 1 ? ROWS_AT_ONCE : 1;
+    } else if (variant) {
+        job.row = variant->in_place(model, node);
     }
     if (arguments->parallel_for && job.h == 1 && job.block > BLOCK)
         job.block = ((job.c + BLOCK - 1) / BLOCK + PARTS_OF_A_ROW - 1) / PARTS_OF_A_ROW * BLOCK;
@@ -356,8 +356,9 @@ abste_status abste_run(const abste_model *model, const abste_run_arguments *argu
     const abste_variant *variant = model->variant;
     size_t at = 0;
     for (uint32_t i = 0; i < model->node_count; ++i) {
-        const size_t bytes = model->packed ? abste_node_packed_bytes(model, variant, model->int8, node_at(model, i)) : 0;
-        run_node(model, arguments, i, bytes ? model->packed + at : NULL);
+        const abste_packed_kernel *kernel;
+        const size_t bytes = abste_node_packed_bytes(model, variant, model->int8, node_at(model, i), &kernel);
+        run_node(model, arguments, i, kernel, bytes ? model->packed + at : NULL);
         if (arguments->progress)
             arguments->progress(arguments->observer, i);
         at += bytes;

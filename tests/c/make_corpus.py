@@ -5,22 +5,14 @@ python tests/c/make_corpus.py tests/c/corpus
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
-from typing import Any
 
 from abste.deploy import format as abste_format
 from abste.deploy.graph import Op
 
-
-def builder(seed: int) -> Any:
-    path = Path(__file__).resolve().parents[1] / "runtime" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("random_graphs", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.Builder(seed)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from random_graphs import Builder
 
 
 def seeds() -> dict[str, bytes]:
@@ -28,7 +20,7 @@ def seeds() -> dict[str, bytes]:
     files: dict[str, bytes] = {}
     known: set[object] = set()
     for seed in range(2000):
-        made = builder(seed)
+        made = Builder(seed)
         for op in made.rng.permutation([*Op, Op.XNOR])[:4]:
             made.add(Op(int(op)))
         graph = made.graph()

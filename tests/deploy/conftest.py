@@ -1,21 +1,12 @@
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
+from random_graphs import Builder
 
 from abste.deploy.graph import Graph, Op
-
-_PATH = Path(__file__).resolve().parents[1] / "runtime" / "conftest.py"
-_SPEC = importlib.util.spec_from_file_location("random_graphs", _PATH)
-assert _SPEC is not None and _SPEC.loader is not None
-_MODULE = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(_MODULE)
-
-random_graph = _MODULE.random_graph
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +14,7 @@ def loose_graph() -> Callable[[int], Graph]:
     """A network from a seed with much to simplify: many identities, several readers, several outputs."""
 
     def build(seed: int) -> Graph:
-        builder = _MODULE.Builder(seed)
+        builder = Builder(seed)
         others = [Op.CONV, Op.XNOR, Op.XNOR, Op.SIGN_CONV, Op.MAX_POOL, Op.CONCAT]
         count = int(builder.rng.integers(4, 20))
         for op in builder.rng.choice([*[Op.IDENTITY] * 12, *others], count):
@@ -33,7 +24,7 @@ def loose_graph() -> Callable[[int], Graph]:
                 builder.values[index].output = bool(builder.rng.random() < 0.15)
         for value in builder.values:  # no NaN that hides what differs
             value.name = ""
-        graph: Graph = builder.graph()
+        graph = builder.graph()
         for node in graph.nodes:
             for step in node.steps:
                 if step.a is not None and step.a.dtype == np.float32 and builder.rng.random() < 0.3:

@@ -1,3 +1,5 @@
+"""Random networks for tests of what is done to graphs, and for the seeds of the fuzzer."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
