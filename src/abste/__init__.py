@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from abste._version import __version__
 
 if TYPE_CHECKING:
-    from abste import data, deploy, diagnostics, estimators, models, nn, runtime, train
+    from abste import data, deploy, diagnostics, estimators, models, nn, runtime, train, zoo
     from abste.estimators import EstimatorSchedule
     from abste.nn import convert, parameter_groups, summary
     from abste.runtime import Network, load
     from abste.train import load_run
 
-_MODULES = ("data", "deploy", "diagnostics", "estimators", "models", "nn", "runtime", "train")
+_MODULES = ("data", "deploy", "diagnostics", "estimators", "models", "nn", "runtime", "train", "zoo")
 _NAMES = {
     "EstimatorSchedule": "abste.estimators",
     "Network": "abste.runtime",
@@ -46,6 +46,7 @@ __all__ = [
     "runtime",
     "summary",
     "train",
+    "zoo",
 ]
 
 

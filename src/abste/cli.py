@@ -184,6 +184,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--averaged", action="store_true", help="the averaged weights, of a recipe with [average]")
     sub.add_argument("--float16", action="store_true", help="store the weights that stay float in half precision")
 
+    command(
+        "zoo",
+        _zoo,
+        "list the trained networks that come with abste; NAME is zoo:NAME where a FILE is read",
+        "  abste zoo\n  abste inspect zoo:cifar10-resnet20-w1a1\n  abste predict zoo:cifar10-resnet20-w1a1 cat.png",
+    )
+
     sub = command(
         "inspect",
         _inspect,
@@ -457,6 +464,32 @@ def _export(arguments: argparse.Namespace) -> int:
     print(exported)
     print(f"\nwrote {arguments.file}")
     _hint_at_data(arguments, exported.checks)
+    return 0
+
+
+def _zoo(arguments: argparse.Namespace) -> int:
+    from abste.zoo import entries
+
+    rows = [("name", "accuracy", "bytes", "epochs", "seed", "commit", "what it is")]
+    rows += [
+        (
+            entry.name,
+            f"{entry.accuracy:.2%}",
+            f"{entry.file_bytes:,}",
+            str(entry.epochs),
+            str(entry.seed),
+            entry.commit[:10] + entry.commit[40:],
+            entry.description,
+        )
+        for entry in entries()
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    form = "  ".join(f"{{:{'>' if 0 < column < 5 else '<'}{width}}}" for column, width in enumerate(widths)) + "  {}"
+    print("\n".join(form.format(*row) for row in rows))
+    print(
+        "\nEach is a single run; accuracy is that of the last epoch on the test set. In Python: "
+        f'abste.load("zoo:{rows[1][0]}")'
+    )
     return 0
 
 

@@ -21,6 +21,7 @@ from abste.bench.measure import Spread
 from abste.deploy import format as abste_format
 from abste.errors import ConfigError
 from abste.runtime.network import Int8, Network, available_cores, int8_isas, isas, load
+from abste.zoo import resolve
 
 REST = 0.002
 """Seconds before each turn where engines have several threads: those of the one before go on spinning for a while."""
@@ -191,7 +192,7 @@ def bench(
         others: dict[str, peers.Run] = {}
         errors: dict[str, float] = {}
         if wanted:
-            graph = abste_format.read(Path(path).read_bytes())
+            graph = abste_format.read(resolve(path).read_bytes())
             case = peers.Case(graph, inputs[0], count)
             others, errors, left_out = peers.build(wanted, case, load(path)(*inputs, threads=count))
             notes += [note for note in left_out if note not in notes]
@@ -203,7 +204,7 @@ def bench(
             timings.append(Timing(name, count, time, nodes, errors.get(name, 0.0)))
     shapes = ["x".join(map(str, value.shape)) for value in (first.inputs[0], first.outputs[0])]
     return Benchmark(
-        file=Path(path).name,
+        file=resolve(path).name,
         batch=batch,
         timings=timings,
         nodes=[(node.name, node.operation, node.macs) for node in first.nodes],

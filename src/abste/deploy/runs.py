@@ -15,6 +15,7 @@ from abste.errors import ConfigError, DataError, FormatError
 from abste.runtime.network import Int8
 from abste.train.recipe import Recipe
 from abste.train.run import RunDirectory, build_model, evaluation_batches, example_input, load_data, load_run
+from abste.zoo import resolve
 
 EXPORT_IMAGES = 1000
 """Images of the data that an export is verified on; `abste verify` takes all."""
@@ -49,12 +50,20 @@ def export_run(
     recipe = run.read_recipe()
     known = describe(recipe.data.name) if recipe.data.name in available() else None
     summary = run.read_summary() or {}
-    metadata = {"name": recipe.name, "description": recipe.description, "float16": float16, "averaged": averaged}
+    metadata = {
+        "name": recipe.name,
+        "description": recipe.description,
+        "dataset": recipe.data.name,
+        "epochs": recipe.train.epochs,
+        "seed": recipe.train.seed,
+        "float16": float16,
+        "averaged": averaged,
+    }
     result = (summary.get("averaged", {}) if averaged else summary).get("test")
     if result:
         metadata["accuracy"] = result["accuracy"]
     if summary.get("git"):
-        metadata["commit"] = summary["git"]["commit"]
+        metadata["commit"] = summary["git"]["commit"] + (" and changes" if summary["git"]["modified"] else "")
     return export(
         model,
         file,
@@ -81,7 +90,7 @@ def verify_run(
 
     Args:
         path: the run directory.
-        file: the .abste file.
+        file: the .abste file, or ``"zoo:NAME"``.
         data_root: the folder of the data set; embedded data needs none.
         averaged: against the averaged weights.
         images: use only so many images of the data.
@@ -97,7 +106,7 @@ def verify_run(
     model = load_run(path, averaged=averaged)
     recipe = RunDirectory(path).read_recipe()
     try:
-        data = np.fromfile(Path(file), np.uint8)
+        data = np.fromfile(resolve(file), np.uint8)
     except OSError as error:
         raise FormatError(f"cannot read {os.fspath(file)}: {error.strerror or error}.") from error
     metadata = abste_format.read(data.data).metadata or {}

@@ -7,12 +7,12 @@ import mmap
 import os
 import warnings
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from abste.errors import ConfigError, FormatError, nearest
+from abste.zoo import resolve
 
 try:
     from abste.runtime import _native
@@ -354,7 +354,8 @@ def load(path: str | os.PathLike[str], *, isa: str | None = None, int8: Int8 | N
     """Load an .abste file, which stays mapped rather than being read into memory.
 
     Args:
-        path: of the file. Replace it, as `abste export` does, rather than writing into it while it is loaded.
+        path: of the file, or ``"zoo:NAME"`` for a trained network that comes with abste (see ``abste.zoo``). Replace a
+            file, as `abste export` does, rather than writing into it while it is loaded.
         isa: the instruction set whose kernels are to run it, one of :func:`isas`; by default the environment variable
             ``ABSTE_ISA``, else the fastest. All give the same bits.
         int8: layers that are to be faster than exact: their inputs become integers of eight bits, with one scale for an
@@ -364,13 +365,15 @@ def load(path: str | os.PathLike[str], *, isa: str | None = None, int8: Int8 | N
             ``abste verify --int8`` tells what it costs in accuracy.
 
     Raises:
-        ConfigError: an instruction set that this machine does not have, or an unknown ``int8``.
+        ConfigError: an instruction set that this machine does not have, an unknown ``int8``, or a name that is not in
+            the zoo.
         FormatError: it cannot be opened, is no .abste file, damaged, malformed, made for a newer version, or asks for
             more memory or work than ``MAX_ARENA`` and ``MAX_WORK``.
     """
-    name = Path(path).name
+    file_path = resolve(path)
+    name = file_path.name
     try:
-        with open(path, "rb") as file:
+        with open(file_path, "rb") as file:
             data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     except (OSError, ValueError) as error:  # mmap raises the latter for an empty file
         reason = error.strerror if isinstance(error, OSError) else "it is empty"
