@@ -25,11 +25,13 @@ from abste.models.resnet import (
     resnet20,
     resnet20_bireal,
 )
+from abste.models.vgg import VGGSmall, vgg_small
 
 __all__ = [
     "BiRealNet",
     "CifarResNet",
     "ImageNetResNet",
+    "VGGSmall",
     "available",
     "create",
     "imagenet_resnet18",
@@ -40,6 +42,7 @@ __all__ = [
     "resnet18_bireal",
     "resnet20",
     "resnet20_bireal",
+    "vgg_small",
 ]
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -53,6 +56,7 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
         resnet20_bireal,
         resnet8,
         resnet8_bireal,
+        vgg_small,
     )
 }
 
