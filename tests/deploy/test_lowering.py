@@ -644,6 +644,7 @@ def test_our_networks(name: str, bits: str) -> None:
     assert packed == {"W32A32": {"float"}, "W1A32": {"float", "sign_conv"}, "W1A1": {"float", "xnor"}}[bits]
     nodes = {nn.Conv2d: 1, nn.Linear: 1, PadShortcut: 2, nn.MaxPool2d: 1, nn.AvgPool2d: 1, nn.AdaptiveAvgPool2d: 1}
     wanted = sum(count for module in model.modules() for kind, count in nodes.items() if isinstance(module, kind))
+    wanted += name == "vgg_small"  # it flattens 4x4 places: a reordering, where 1x1 is none
     assert len(lowered.graph.nodes) == wanted
 
 

@@ -8,7 +8,7 @@ from abste import models
 from abste.errors import ConfigError
 from abste.models.resnet import PadShortcut
 
-NAMES = [name for name in models.available() if "18" not in name]  # ResNet-18 has its own file
+NAMES = [name for name in models.available() if name.startswith(("resnet8", "resnet20"))]  # ResNet-18 has its own file
 
 
 def _block_convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:

@@ -43,8 +43,9 @@ class VGGSmall(nn.Module):
         for number, out_channels in enumerate((width, width, 2 * width, 2 * width, 4 * width, 4 * width), 1):
             self.add_module(f"conv{number}", nn.Conv2d(channels, out_channels, 3, padding=1, bias=False))
             self.add_module(f"bn{number}", nn.BatchNorm2d(out_channels))
+            if number % 2 == 0:
+                self.add_module(f"pool{number}", nn.MaxPool2d(2))
             channels = out_channels
-        self.pool = nn.MaxPool2d(2)
         self.fc = nn.Linear(channels * (image_size // 8) ** 2, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -62,7 +63,7 @@ class VGGSmall(nn.Module):
         for number in range(1, 7):
             x = self.get_submodule(f"bn{number}")(F.relu(self.get_submodule(f"conv{number}")(x)))
             if number % 2 == 0:
-                x = self.pool(x)
+                x = self.get_submodule(f"pool{number}")(x)
         return self.fc(x.flatten(1))
 
 
