@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import socket
 import sys
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -92,3 +93,27 @@ def abste(tmp_path: Path) -> Any:
         if child.process.is_alive():
             child.process.kill()
         child.process.join()
+
+
+@pytest.fixture
+def pair(abste: Any) -> Any:
+    """Start a run on two processes, with the environment that torchrun gives them."""
+
+    def start(*arguments: Any) -> list[Any]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        common = {
+            "TORCHELASTIC_RUN_ID": "test",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "GROUP_RANK": "0",
+        }
+        return [
+            abste("train", *arguments, environment=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(2)
+        ]
+
+    return start

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -32,30 +31,6 @@ def recipe(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ).to_toml()
     )
     return path
-
-
-@pytest.fixture
-def pair(abste: Any) -> Any:
-    """Start a run on two processes, with the environment that torchrun gives them."""
-
-    def start(*arguments: Any) -> list[Any]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        common = {
-            "TORCHELASTIC_RUN_ID": "test",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "WORLD_SIZE": "2",
-            "LOCAL_WORLD_SIZE": "2",
-            "GROUP_RANK": "0",
-        }
-        return [
-            abste("train", *arguments, environment=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank in range(2)
-        ]
-
-    return start
 
 
 def test_two_processes(pair: Any, outcome: Any, recipe: Path, tmp_path: Path) -> None:

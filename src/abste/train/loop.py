@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from abste.data import Augment, Batches
-from abste.errors import AbsteError, CheckpointError, ConfigError, NonFiniteLossError
+from abste.errors import AbsteError, CheckpointError, ConfigError, NonFiniteLossError, RunError
 from abste.train.checkpoint import (
     check_recipe,
     check_state,
@@ -128,12 +128,16 @@ def fit(
     started = time.monotonic()
     threads = torch.get_num_threads()
     fabric = _fabric(recipe, accelerator, devices, strategy, num_nodes)
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if restarts:
+        _join_again(fabric, restarts)
     fabric.launch()
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)
     run = RunDirectory(out)
+    resume = resume or (restarts > 0 and run.exists())  # torchrun starts workers again with the arguments of the first
     try:
-        with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack, _lost_workers(fabric, run):
             _on_rank_zero(fabric, lambda: stack.enter_context(run.owned(resume)))
             loop = _Loop(fabric, recipe, run, data_root, Progress(progress and fabric.is_global_zero))
             finished = loop.open(resume)
@@ -171,12 +175,53 @@ def _fabric(recipe: Recipe, accelerator: str, devices: int | str, strategy: str,
         logger.setLevel(level)
     if recipe.train.precision == "16-mixed" and fabric.device.type == "cpu":
         raise ConfigError("train.precision '16-mixed' needs a GPU; on a CPU use 'bf16-mixed' or '32-true'.")
-    if recipe.train.batch_size % fabric.world_size:
+    accumulate = recipe.train.accumulate or 1
+    shares = accumulate if recipe.train.scale else accumulate * fabric.world_size
+    if recipe.train.batch_size % shares:
+        parts = f" in {accumulate} parts each" if accumulate > 1 else ""
         raise ConfigError(
-            f"train.batch_size {recipe.train.batch_size} cannot be shared by {fabric.world_size} processes; "
-            f"choose a multiple of {fabric.world_size}."
+            f"train.batch_size {recipe.train.batch_size} cannot be shared by {shares // accumulate} "
+            f"process{'es' if shares > accumulate else ''}{parts}; choose a multiple of {shares}."
         )
+    if recipe.train.sync_batch_norm and fabric.device.type == "cpu":
+        raise ConfigError("train.sync_batch_norm needs GPUs; on CPUs every process normalises its own share.")
     return fabric
+
+
+def _join_again(fabric: Fabric, restarts: int) -> None:
+    """Set up communication after a restart by torchrun.
+
+    Its store outlives the workers, so without a prefix they would find the addresses of those that are gone.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    world = int(os.environ["WORLD_SIZE"])
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, is_master=False)
+    dist.init_process_group(
+        "nccl" if fabric.device.type == "cuda" else "gloo",
+        store=dist.PrefixStore(f"abste-{restarts}", store),
+        rank=int(os.environ["RANK"]),
+        world_size=world,
+    )
+
+
+@contextlib.contextmanager
+def _lost_workers(fabric: Fabric, run: RunDirectory) -> Iterator[None]:
+    """One sentence where communication fails, as it does for all that are left once a process has died."""
+    try:
+        yield
+    except RuntimeError as error:
+        if fabric.world_size == 1 or isinstance(error, AbsteError) or not _is_communication(error):
+            raise
+        raise RunError(
+            f"process {fabric.global_rank} of {fabric.world_size} has lost touch with another, which probably died: "
+            f"see its output; the last checkpoint in {run.path} is whole, continue with --resume."
+        ) from error
+
+
+def _is_communication(error: RuntimeError) -> bool:
+    # gloo raises bare RuntimeErrors.
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "process group"))
 
 
 def _on_rank_zero(fabric: Fabric, action: Callable[[], T]) -> T:
@@ -243,9 +288,11 @@ class _Loop:
         if fabric.world_size > 1:
             _on_rank_zero(fabric, lambda: load_data(recipe, data_root)[2])  # one process downloads
         self.train_images, evaluation_images, self.split = load_data(recipe, data_root)
+        grown = fabric.world_size if settings.scale else 1
+        self.batch_size = settings.batch_size * grown  # of all processes
         self.train = Batches(
             self.train_images,
-            settings.batch_size // fabric.world_size,
+            self.batch_size // fabric.world_size,
             augment=Augment(crop_padding=recipe.data.crop_padding, flip=recipe.data.flip, cutout=recipe.data.cutout),
             seed=settings.seed,
             device=self.device,
@@ -265,9 +312,12 @@ class _Loop:
         self.module.to(self.device)
         if settings.channels_last:
             self.module.to(memory_format=torch.channels_last)
+        if settings.sync_batch_norm:
+            self.module = nn.SyncBatchNorm.convert_sync_batchnorm(self.module)
         self.raw_optimizer = _optimizer(self.module, recipe)
         for group in self.raw_optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
+            group["initial_lr"] = group["lr"] * grown
+        self.peak_lr = recipe.optimizer.lr * grown
         self.schedule = _estimator_schedule(self.module, self.total_steps)
         self.averaged = _averaged(self.module, recipe)
         self.model, self.optimizer = fabric.setup(_compiled(self.module, recipe, self.device), self.raw_optimizer)
@@ -279,7 +329,7 @@ class _Loop:
         self.train_seconds = 0.0  # the part of it spent in training steps
         self.first_bad = torch.full((), _NEVER, dtype=torch.int64, device=self.device)
         self.window = torch.zeros(2, device=self.device)  # loss and correct answers since the last metrics
-        self.window_images = 0
+        self.window_images = 0  # of all processes
         self.epoch_sums = [0.0, 0.0, 0.0]  # loss, correct, images of this epoch up to the last metrics
         self.last_training: dict[str, Any] | None = None
         self.last_evaluation: dict[str, Any] | None = None
@@ -371,7 +421,12 @@ class _Loop:
         self.fabric.strategy.precision.load_state_dict(state["precision"])
         if self.averaged is not None:
             self.averaged.load_state_dict(state["averaged"])
-        position = state["position"]
+        position, processes = state["position"], len(state["random"])
+        if self.recipe.train.scale and processes != self.fabric.world_size:
+            raise CheckpointError(
+                f"{source} was written by {processes} process{'es' * (processes > 1)}, whose number sets the batch "
+                f"size (train.scale = true); resume on as many, not on {self.fabric.world_size}."
+            )
         if position["steps_per_epoch"] != self.steps_per_epoch:
             raise CheckpointError(
                 f"{source} was written with {position['steps_per_epoch']} steps per epoch, but this data set gives "
@@ -386,9 +441,13 @@ class _Loop:
         self.last_training, self.last_evaluation = state["last_training"], state["last_evaluation"]
         self.saved_step = self.step
         rank = self.fabric.global_rank
-        if rank < len(state["random"]):  # else there are more processes now than there were
-            self.window.copy_(state["window"].reshape(-1, 2)[rank])
+        if rank < processes:  # else there are more now than there were
             set_random_state(state["random"][rank], self.device)
+        windows = state["window"].reshape(-1, 2)
+        if processes == self.fabric.world_size:
+            self.window.copy_(windows[rank])
+        elif rank == 0:
+            self.window.copy_(windows.sum(0))
 
     # Running
 
@@ -472,9 +531,18 @@ class _Loop:
         factor = lr_factor(recipe.schedule, step, self.total_steps)
         for group in self.raw_optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-        logits = self.model(images)
-        loss = F.cross_entropy(logits, labels, label_smoothing=recipe.train.label_smoothing)
-        self.fabric.backward(loss)
+        parts = recipe.train.accumulate or 1
+        size = len(labels) // parts
+        loss, correct = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        for number, (some, their) in enumerate(zip(images.split(size), labels.split(size), strict=True), start=1):
+            wait = number < parts and self.fabric.world_size > 1  # gradients are exchanged once
+            with self.fabric.no_backward_sync(cast(Any, self.model), enabled=wait):
+                logits = self.model(some)
+                part = F.cross_entropy(logits, their, label_smoothing=recipe.train.label_smoothing) / parts
+                self.fabric.backward(part)
+            with torch.no_grad():
+                loss += part.detach()
+                correct += (logits.argmax(1) == their).sum()
         if recipe.optimizer.clip_grad_norm is not None:
             self.fabric.clip_gradients(
                 self.model, self.optimizer, max_norm=recipe.optimizer.clip_grad_norm, error_if_nonfinite=False
@@ -483,12 +551,10 @@ class _Loop:
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
         with torch.no_grad():
-            loss = loss.detach()
             # Read by the host only every log_every steps, so that no step waits for the device.
             self.first_bad = torch.where(loss.isfinite(), self.first_bad, self.first_bad.clamp(max=step))
-            correct = (logits.argmax(1) == labels).sum()
-            self.window += torch.stack([loss * len(labels), correct.to(loss.dtype)])
-        self.window_images += len(labels)
+            self.window += torch.stack([loss * len(labels), correct])
+        self.window_images += self.batch_size
         if self.averaged is not None and recipe.average is not None:
             begin = recipe.average.start * self.total_steps
             if step + 1 == self.total_steps or (step >= begin and (step + 1) % recipe.average.every == 0):
@@ -506,9 +572,7 @@ class _Loop:
         if first == _NEVER:
             return
         epoch = min(first // self.steps_per_epoch, self.recipe.train.epochs - 1)
-        lr = self.recipe.optimizer.lr * lr_factor(
-            self.recipe.schedule, min(first, self.total_steps - 1), self.total_steps
-        )
+        lr = self.peak_lr * lr_factor(self.recipe.schedule, min(first, self.total_steps - 1), self.total_steps)
         raise NonFiniteLossError(
             f"the loss is no longer finite at step {first} (epoch {epoch + 1}, learning rate {lr:.3g}); "
             f"{self._last_good()}; "
@@ -523,12 +587,12 @@ class _Loop:
     def _log(self) -> None:
         """Metrics of the steps since the last ones."""
         self._check_finite()
-        images = float(self.window_images * self.fabric.world_size)
+        images = float(self.window_images)
         loss, correct = self._reduce(self.window, "sum").tolist()
         self.window.zero_()
         self.window_images = 0
         self.epoch_sums = [a + b for a, b in zip(self.epoch_sums, (loss, correct, images), strict=True)]
-        lr = self.recipe.optimizer.lr * lr_factor(self.recipe.schedule, self.step - 1, self.total_steps)
+        lr = self.peak_lr * lr_factor(self.recipe.schedule, self.step - 1, self.total_steps)
         speed = self._speed()
         metrics = {"loss": loss / images, "accuracy": correct / images, "lr": lr, "samples_per_second": round(speed, 1)}
         self._write_metrics("train", metrics)
@@ -540,7 +604,7 @@ class _Loop:
             return
         self.shown = now
         speed = self._speed()
-        left = (self.total_steps - self.step) * self.recipe.train.batch_size / speed
+        left = (self.total_steps - self.step) * self.batch_size / speed
         self.progress.status(
             f"epoch {self.epoch + 1}/{self.recipe.train.epochs}  step {self.step}/{self.total_steps}  "
             f"{speed:,.0f} images/s  {self.latest}  {duration(left)} left"
@@ -548,7 +612,7 @@ class _Loop:
 
     def _speed(self) -> float:
         """Training images per second in this process, all ranks together."""
-        return self.timed_steps * self.recipe.train.batch_size / max(self.timed_seconds, 1e-9)
+        return self.timed_steps * self.batch_size / max(self.timed_seconds, 1e-9)
 
     def _end_epoch(self) -> None:
         settings = self.recipe.train
@@ -563,7 +627,7 @@ class _Loop:
         speed = self._speed()
         self.epoch, self.done, self.epoch_sums = done, 0, [0.0, 0.0, 0.0]
         self._save()
-        left = (self.total_steps - self.step) * settings.batch_size / max(speed, 1e-9)
+        left = (self.total_steps - self.step) * self.batch_size / max(speed, 1e-9)
         self.progress.line(
             f"epoch {done}/{settings.epochs}  step {self.step}  {text}  {speed:,.0f} images/s  {duration(left)} left"
         )
@@ -679,7 +743,7 @@ class _Loop:
         digests = {run.weights.name: _write_weights(run.weights, self.module, recipe)}
         if self.averaged is not None:
             digests[run.averaged_weights.name] = _write_weights(run.averaged_weights, self.averaged.module, recipe)
-        samples = self.total_steps * recipe.train.batch_size
+        samples = self.total_steps * self.batch_size
         summary: dict[str, Any] = {
             "name": recipe.name,
             "finished": True,

@@ -219,7 +219,7 @@ class ScheduleSection(Section):
 
 
 class TrainSection(Section):
-    """The loop. ``batch_size`` is global: the processes of a distributed run share it."""
+    """The loop. ``batch_size`` is global: the processes of a distributed run share it, unless ``scale`` is true."""
 
     epochs: Annotated[int, Field(gt=0)] = 30
     batch_size: Annotated[int, Field(gt=0)] = 256
@@ -238,6 +238,14 @@ class TrainSection(Section):
     """Longest time between two checkpoints; the end of every epoch writes one anyway."""
     threads: Annotated[int, Field(gt=0)] | None = None
     """CPU threads of torch; by default torch's choice. Part of what makes a run reproducible."""
+    accumulate: Annotated[int, Field(gt=0)] | None = None
+    """Parts that each process computes its share of a batch in, one after the other, before the optimizer's step: less
+    memory, and batch norm sees smaller batches. By default one."""
+    scale: bool | None = None
+    """True: ``batch_size`` and the learning rates are those of one process and grow with their number (the linear
+    scaling rule, Goyal et al., arXiv 1706.02677). By default both are of the whole run, whatever its processes."""
+    sync_batch_norm: bool | None = None
+    """Batch norm over the batch of all processes; needs GPUs. Untested, for want of one."""
 
 
 class AverageSection(Section):
@@ -278,6 +286,12 @@ class Recipe(Section):
     train: TrainSection = Field(default_factory=TrainSection)
     average: AverageSection | None = None
     diagnostics: DiagnosticsSection | None = None
+
+    @model_validator(mode="after")
+    def _rates_can_grow(self) -> Recipe:
+        if self.train.scale and self.optimizer.name == "bop":
+            raise PydanticCustomError("rule", "scales learning rates (train.scale), but bop has none for its weights")
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """Plain tables, without the keys whose value is None (TOML has no word for it)."""
