@@ -195,14 +195,12 @@ def _join_again(fabric: Fabric, restarts: int) -> None:
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
-    world = int(os.environ["WORLD_SIZE"])
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, is_master=False)
-    dist.init_process_group(
-        "nccl" if fabric.device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(f"abste-{restarts}", store),
-        rank=int(os.environ["RANK"]),
-        world_size=world,
-    )
+    world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, world, is_master=False)  # type: ignore[attr-defined]
+    fresh = dist.PrefixStore(f"abste-{restarts}", store)  # type: ignore[attr-defined]
+    backend = "nccl" if fabric.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=fresh, rank=rank, world_size=world)
 
 
 @contextlib.contextmanager
