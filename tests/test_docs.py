@@ -10,13 +10,10 @@ from pathlib import Path
 import pytest
 
 
-def test_page_of_estimators_is_current(repo_root: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(repo_root / "docs" / "estimators.py"), "--check"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+@pytest.mark.parametrize("page", ["estimators", "study"])
+def test_generated_pages_are_current(page: str, repo_root: Path) -> None:
+    script = str(repo_root / "docs" / f"{page}.py")
+    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -1,0 +1,132 @@
+"""Fill the tables of docs/study.md from the reports in results/studies/cifar10-resnet8/, and draw its figure.
+
+python docs/study.py            # both
+python docs/study.py --check    # exit 1 where a table is not what the reports say
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parent
+PAGE = DOCS / "study.md"
+REPORTS = DOCS.parent / "results" / "studies" / "cifar10-resnet8"
+TITLES = {"w1a32": "W1A32", "w1a1": "W1A1"}
+
+Report = dict[str, Any]
+
+
+def main(check: bool) -> int:
+    reports = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(REPORTS.glob("*.json"))}
+    text = PAGE.read_text(encoding="utf-8")
+    new = re.sub(
+        r"(<!-- (\w+):(\w+) -->\n).*?(<!-- end -->)",
+        lambda match: match[1] + TABLES[match[3]](reports[match[2]]) + match[4],
+        text,
+        flags=re.DOTALL,
+    )
+    if check:
+        if new != text:
+            print(f"{PAGE.name} is out of date: run python docs/study.py")
+        return int(new != text)
+    PAGE.write_text(new, encoding="utf-8")
+    draw({stage: reports[stage] for stage in ("c", "long") if stage in reports}, DOCS / "figures" / "study.svg")
+    return 0
+
+
+def rows(*cells: list[str]) -> str:
+    head, *body = cells
+    line = ["---"] + ["---:"] * (len(head) - 1)
+    return "".join(f"| {' | '.join(row)} |\n" for row in (head, line, *body))
+
+
+def value(arm: Report) -> str:
+    return f"{arm['mean']:.2f}" + (f" ± {arm['sd']:.2f}" if arm["sd"] is not None else "")
+
+
+def overview(report: Report) -> str:
+    """Every arm, one column for each setting, in the order of the first that has it."""
+    found = {setting["setting"]: {arm["arm"]: arm for arm in setting["arms"]} for setting in report["settings"]}
+    names = list(dict.fromkeys(name for arms in found.values() for name in arms))
+    head = ["arm", *(TITLES[name] for name in found)]
+    return rows(head, *([f"`{n}`", *(value(arms[n]) if n in arms else "" for arms in found.values())] for n in names))
+
+
+def rates(report: Report) -> str:
+    """Accuracy by factor on the learning rates, the best one in bold."""
+    parts = []
+    for setting in report["settings"]:
+        scales = sorted({float(scale) for arm in setting["arms"] for scale in arm["by_lr_scale"]})
+        body = []
+        for arm in setting["arms"]:
+            means = {float(scale): mean for scale, mean in arm["by_lr_scale"].items()}
+            best = max(means, key=lambda scale: means[scale])
+            cells = [f"**{means[s]:.2f}**" if s == best else f"{means[s]:.2f}" if s in means else "" for s in scales]
+            body.append([f"`{arm['arm']}`", *cells])
+        parts.append(rows([TITLES[setting["setting"]], *(f"x {scale:g}" for scale in scales)], *body))
+    return "\n".join(parts)
+
+
+def contrasts(report: Report) -> str:
+    """Accuracy, and the difference to the control with its interval and adjusted p."""
+    parts = []
+    for setting in report["settings"]:
+        body = []
+        for arm in setting["arms"]:
+            gap, p = arm["difference"], arm["p_holm"]
+            known = gap is not None and gap["low"] is not None
+            cells = [f"{gap['mean']:+.2f} ({gap['low']:+.2f} to {gap['high']:+.2f})", f"{p:.3f}"] if known else ["", ""]
+            body.append([f"`{arm['arm']}`", str(len(arm["accuracies"])), value(arm), *cells])
+        parts.append(rows([TITLES[setting["setting"]], "n", "accuracy, %", "difference to `ste`, points", "p"], *body))
+        if setting["detectable"] is not None:
+            parts.append(f"Smallest difference to `ste` that this design finds: {setting['detectable']:.2f} points.\n")
+        for name, gap in setting["shape"].items():
+            if gap["low"] is not None:
+                parts.append(
+                    f"`{name}` minus its shape-removed control: {gap['mean']:+.2f} "
+                    f"({gap['low']:+.2f} to {gap['high']:+.2f}) points.\n"
+                )
+    return "\n".join(parts)
+
+
+TABLES: dict[str, Callable[[Report], str]] = {"overview": overview, "rates": rates, "contrasts": contrasts}
+
+
+def draw(reports: dict[str, Report], path: Path) -> None:
+    """Differences to STE with their intervals, and those of the single seeds."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    import matplotlib.pyplot as plt
+
+    mpl.rcParams.update({"svg.hashsalt": "abste", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 8})
+    panels = [(report, setting) for report in reports.values() for setting in report["settings"]]
+    if not panels:
+        return
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.7 * len(panels), 2.6), layout="constrained", squeeze=False)
+    for each, (report, setting) in zip(axes[0], panels, strict=True):
+        control = next(arm for arm in setting["arms"] if arm["difference"] is None)
+        arms = [arm for arm in setting["arms"] if arm["difference"] is not None][::-1]
+        for height, arm in enumerate(arms):
+            gaps = [score - control["accuracies"][seed] for seed, score in arm["accuracies"].items()]
+            each.plot(gaps, [height] * len(gaps), "o", color="#9aa0a6", markersize=3, alpha=0.6, markeredgewidth=0)
+            gap = arm["difference"]
+            each.plot([gap["low"], gap["high"]], [height, height], color="#7b1e3a", linewidth=1.5)
+            each.plot(gap["mean"], height, "D", color="#7b1e3a", markersize=4)
+        each.axvline(0, color="#333333", linewidth=0.8)
+        epochs = report["study"]["set"].get("train.epochs", 4)
+        each.set(title=f"{TITLES[setting['setting']]}, {epochs} epochs", xlabel="difference to STE, points")
+        each.set_yticks(range(len(arms)), [arm["arm"] for arm in arms])
+        each.spines[["top", "right"]].set_visible(False)
+        each.grid(alpha=0.25, linewidth=0.5, axis="x")
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv[1:]))
