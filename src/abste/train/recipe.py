@@ -300,7 +300,7 @@ class Recipe(Section):
 
     def to_toml(self) -> str:
         """The resolved recipe; :func:`load_recipe` reads it back to an equal one."""
-        return tomli_w.dumps(self.to_dict())
+        return tomli_w.dumps(self.to_dict(), multiline_strings=True)
 
 
 # Keys that may change between the parts of a run: they decide when things are reported and saved, not what is computed.
@@ -441,8 +441,8 @@ def make_recipe(tables: Mapping[str, Any], source: str) -> Recipe:
 def builtin_recipes() -> dict[str, str]:
     """Name and text of every recipe that comes with abste."""
     folder = resources.files(__package__) / "recipes"
-    files = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
-    return {f.name.removesuffix(".toml"): f.read_text(encoding="utf-8") for f in files}
+    files = {f.name.removesuffix(".toml"): f for f in folder.iterdir() if f.name.endswith(".toml")}
+    return {name: files[name].read_text(encoding="utf-8") for name in sorted(files)}
 
 
 def _read(name: str, base: Path | None) -> tuple[str, str, Path | None]:
