@@ -62,7 +62,7 @@ PUBLISHED = (
     Published("resnet18", "float", "full precision", 94.8, "paper", _BEANET),
     Published(
         *("resnet18", "W1A32", "AB-STE (W/A inferred)", 94.6, "abstract", "doi 10.1007/978-3-032-06066-2_8"),
-        note="the abstract does not say W1A32, which is inferred",
+        note="AB-Tanh; that it is W1A32 is inferred",
     ),
     Published("resnet18", "W1A1", "RAD-BNN", 90.5, "paper", _BEANET),
     Published("resnet18", "W1A1", "IR-Net", 91.5, "repository", _IR_NET),
