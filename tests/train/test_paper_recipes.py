@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,31 @@ def test_binary_ones_differ_in_model_and_binarisation_alone(network: str, bits: 
     differing = {key for key in a.keys() | b.keys() if a.get(key) != b.get(key)}
     model = {"model"} if (network, bits) == ("resnet20", "w1a1") else set()
     assert differing == {"name", "description", "binarize"} | model
+
+
+def test_the_page_says_what_the_recipes_do(repo_root: Path) -> None:
+    fast, paper, long = (
+        load_recipe(f"cifar10-{name}") for name in ("resnet20-w1a1", "resnet20-w1a1-paper", "resnet18-w1a1-paper")
+    )
+    rows = [
+        f"| epochs, batch | {fast.train.epochs}, {fast.train.batch_size} | {paper.train.epochs}, "
+        f"{paper.train.batch_size}; ResNet-18: {long.train.epochs}, {long.train.batch_size} |",
+        f"| SGD | {fast.optimizer.lr}, Nesterov {fast.optimizer.momentum} | {paper.optimizer.lr}, momentum "
+        f"{paper.optimizer.momentum}, no Nesterov |",
+        f"| weight decay | {mantissa(fast.optimizer.weight_decay)}, of weights | "
+        f"{mantissa(paper.optimizer.weight_decay)}, of all parameters (`decay_norms`) |",
+        f"| loss | label smoothing {fast.train.label_smoothing} | cross-entropy |",
+        f"| crop | {fast.data.crop_padding} pixels, mirrored at the border | {paper.data.crop_padding} pixels, black "
+        f'(`crop_fill = "{paper.data.crop_fill}"`) |',
+        f"| flip | {fast.data.flip} | {paper.data.flip} |",
+    ]
+    lines = (repo_root / "docs" / "train.md").read_text(encoding="utf-8").splitlines()
+    assert [row for row in rows if row not in lines] == []
+
+
+def mantissa(value: float) -> str:
+    """1e-4 for 0.0001."""
+    return re.sub("e-0", "e-", f"{value:.0e}")
 
 
 FLOAT = {

@@ -215,6 +215,14 @@ def test_unknown_recipe() -> None:
         load_recipe("gone.toml")
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_notes_of_several_lines(end: str) -> None:
+    notes = f'one "1"{end}two \\ {end}'
+    text = make_recipe({"notes": notes}, "x").to_toml()
+    assert make_recipe(tomllib.loads(text), "again").notes == notes
+    assert (len(text.splitlines()) > len(Recipe().to_toml().splitlines()) + 1) == (end == "\n")
+
+
 def test_keys_that_are_absent_unless_given() -> None:
     keys = {"data": ("crop_fill", "statistics"), "optimizer": ("decay_norms",)}
     old = load_recipe(DIGITS).to_dict()

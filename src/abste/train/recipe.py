@@ -300,7 +300,10 @@ class Recipe(Section):
 
     def to_toml(self) -> str:
         """The resolved recipe; :func:`load_recipe` reads it back to an equal one."""
-        return tomli_w.dumps(self.to_dict(), multiline_strings=True)
+        tables = self.to_dict()
+        text = tomli_w.dumps(tables, multiline_strings=True)
+        # For reading; but it writes the end of a line as \n, whatever it was.
+        return text if tomllib.loads(text) == tables else tomli_w.dumps(tables)
 
 
 # Keys that may change between the parts of a run: they decide when things are reported and saved, not what is computed.
