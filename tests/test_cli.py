@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from abste.cli import main
+from abste.train.recipe import builtin_recipes, load_recipe
 
 TINY = ["--threads", "1", "--set", "model.kwargs.width=4", "train.epochs=1"]
 DIGITS = "digits-resnet8-w1a32"
@@ -49,14 +50,27 @@ def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
     assert "abste train cifar10-resnet20-w1a32 --data data --out runs/r20 --resume" in text
 
 
-def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("columns", [80, 120, 300])
+def test_recipes(columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
     assert main(["recipes"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    names = {line.split()[0] for line in lines}
-    assert names >= {"cifar10-resnet20-float", "cifar10-resnet20-w1a1", "cifar10-resnet20-w1a32", DIGITS}
-    assert all(len(line.split()) > 5 for line in lines)
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= min(columns, 120)
+    listed, published = text.split("\n\n")
+    assert [line.split()[0] for line in listed.splitlines() if line[0] != " "] == list(builtin_recipes())
+    words = " ".join(listed.split())
+    assert all(f"{name} {load_recipe(name).description}" in words for name in builtin_recipes())
+    assert "ReSTE 92.63" in published and published.endswith("epochs and sources of these numbers.\n")
+
+
+def test_one_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["recipes", "cifar10-resnet20-w1a1"]) == 0
-    assert 'name = "resnet20_bireal"' in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert text.startswith("# Published for ResNet-20 Bi-Real, W1A1, on CIFAR-10")
+    (tmp_path / "mine.toml").write_text(text)
+    assert load_recipe(tmp_path / "mine.toml") == load_recipe("cifar10-resnet20-w1a1")
+    assert main(["recipes", DIGITS]) == 0
+    assert capsys.readouterr().out == load_recipe(DIGITS).to_toml()
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import sys
-import tomllib
+import textwrap
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -96,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "recipes",
         _recipes,
-        "list the built-in recipes, or print one in full",
+        "list the built-in recipes and what is published for their networks, or print one in full",
         "  abste recipes\n  abste recipes cifar10-resnet20-w1a32 > mine.toml",
     )
     sub.add_argument("recipe", nargs="?", metavar="RECIPE", help="print this recipe, with everything it extends")
@@ -274,15 +275,21 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def _recipes(arguments: argparse.Namespace) -> int:
+    from abste.train.published import comments, overview
     from abste.train.recipe import builtin_recipes, load_recipe
 
     if arguments.recipe:
-        print(load_recipe(arguments.recipe).to_toml(), end="")
+        recipe = load_recipe(arguments.recipe)
+        print(comments(recipe) + recipe.to_toml(), end="")
         return 0
-    recipes = builtin_recipes()
-    width = max(map(len, recipes))
-    for name, text in recipes.items():
-        print(f"{name:{width}}  {tomllib.loads(text).get('description', '')}")
+    recipes = {name: load_recipe(name) for name in builtin_recipes()}
+    columns = min(120, shutil.get_terminal_size((120, 24)).columns)
+    indent = max(map(len, recipes)) + 2
+    for name, recipe in recipes.items():
+        wrapped = textwrap.wrap(recipe.description, max(40, columns - indent))
+        print(f"{name:{indent}}" + f"\n{'':{indent}}".join(wrapped))
+    print(f"\n{overview(max(60, columns))}")
+    print("`abste recipes NAME` prints one, with epochs and sources of these numbers.")
     return 0
 
 

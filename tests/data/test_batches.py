@@ -144,20 +144,37 @@ def test_ranks_together_train_on_the_batches_of_one_process(batch_size: int, wor
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_crop_equals_a_naive_crop(channels: int) -> None:
+@pytest.mark.parametrize(("fill", "mode"), [("reflect", "reflect"), ("zero", "constant")])
+def test_crop_equals_a_naive_crop(channels: int, fill: str, mode: str) -> None:
     source = data(60, channels)
     padding = 3
-    padded = torch.nn.functional.pad(source.images.double(), [padding] * 4, mode="reflect")
+    padded = torch.nn.functional.pad(source.images.double(), [padding] * 4, mode=mode)
     references = normalised(ImageData(padded.to(torch.uint8), *list(source.__dict__.values())[1:]))
     places = list(itertools.product(range(2 * padding + 1), repeat=2))
     found = set()
+    augment = Augment(crop_padding=padding, crop_fill=fill)
     for epoch in range(8):
-        for image, label in zip(*whole(training(source, 10, Augment(crop_padding=padding)), epoch), strict=True):
+        for image, label in zip(*whole(training(source, 10, augment), epoch), strict=True):
             crops = [references[label, :, y : y + 8, x : x + 10] for y, x in places]
             matches = [torch.allclose(image.double(), crop, atol=1e-5) for crop in crops]
             assert sum(matches) == 1
             found.add(places[matches.index(True)])
     assert found == set(places)  # 480 draws of 49 places
+
+
+def test_fills_differ_at_the_border_alone() -> None:
+    reflect, zero = (training(augment=Augment(crop_padding=2, crop_fill=fill)) for fill in ("reflect", "zero"))
+    black = normalised(ImageData(*({**data().__dict__, "images": torch.zeros_like(data().images)}.values())))
+    for (a, labels), (b, same_labels) in zip(reflect.epoch(1), zero.epoch(1), strict=True):
+        assert torch.equal(labels, same_labels)
+        assert torch.equal(a[:, :, 2:-2, 2:-2], b[:, :, 2:-2, 2:-2])
+        differs = a != b
+        assert differs.any() and torch.allclose(b[differs], black[labels].float()[differs], atol=1e-6)
+
+
+def test_black_may_be_wider_than_the_image() -> None:
+    images, _ = whole(training(augment=Augment(crop_padding=9, crop_fill="zero")))
+    assert images.shape == (40, 3, 8, 10) and images.isfinite().all()
 
 
 def mirrored(source: ImageData, augment: Augment, epoch: int, **options: Any) -> Tensor:
@@ -283,7 +300,7 @@ def test_batches_are_independent_tensors() -> None:
         ({"seed": -1}, "seed is -1"),
         ({"seed": 1.5}, "seed is 1.5"),
         ({"dtype": torch.int32}, "torch.int32"),
-        ({"augment": Augment(crop_padding=8)}, "crop_padding 8 .* give at most 7"),
+        ({"augment": Augment(crop_padding=8)}, "crop_padding 8 .* give at most 7, or crop_fill='zero'"),
         ({"augment": Augment(cutout=9)}, "cutout 9 is larger than the 8x10 images"),
         ({"augment": EVERYTHING, "train": False}, "augment=None"),
     ],
@@ -300,6 +317,8 @@ def test_values_that_do_not_fit(options: dict[str, Any], message: str) -> None:
         ({"cutout": -2}, "cutout is -2"),
         ({"cutout": 1.5}, "cutout is 1.5"),
         ({"flip": "alternate"}, "'alternate'; did you mean 'alternating'"),
+        ({"crop_fill": "zeros"}, "There is no crop_fill named 'zeros'; did you mean 'zero'"),
+        ({"crop_fill": 0}, "There is no crop_fill named 0; known: reflect, zero"),
     ],
 )
 def test_augmentations_that_do_not_exist(options: dict[str, Any], message: str) -> None:

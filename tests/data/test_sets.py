@@ -94,6 +94,38 @@ def test_unknown_name_gets_the_nearest() -> None:
     one_sentence(error)
 
 
+def test_statistics_of_imagenet_replace_those_of_the_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = abste.data.Splits(images(6), images(3))
+    monkeypatch.setitem(abste.data.sets._LOADERS, "cifar10", lambda root, download: made)
+    plain, other = abste.data.load("cifar10"), abste.data.load("cifar10", statistics="imagenet")
+    for split, again, source in zip(plain, other, made, strict=True):
+        assert (split.mean, split.std) == (source.mean, source.std)
+        assert (again.mean, again.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        assert again.images is source.images and again.labels is source.labels and again.classes == source.classes
+
+
+def test_a_description_has_the_statistics_chosen() -> None:
+    plain, other = abste.data.describe("cifar10"), abste.data.describe("cifar10", "imagenet")
+    assert plain is not None and other is not None
+    assert plain.mean == (0.49140, 0.48216, 0.44653) and plain.std == (0.24703, 0.24349, 0.26159)
+    assert other == (plain.classes, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert abste.data.describe("nothing", "imagenet") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "statistics", "message"),
+    [
+        ("cifar10", "imagnet", "There are no statistics named 'imagnet'; did you mean 'imagenet'"),
+        ("digits", "imagenet", "'imagenet' are those of 3 channels, and data set 'digits' has 1; leave statistics at"),
+    ],
+)
+def test_statistics_that_do_not_fit(name: str, statistics: str, message: str) -> None:
+    for read in (abste.data.load, abste.data.describe):
+        with pytest.raises(ConfigError, match=message) as error:
+            read(name, statistics=statistics)  # type: ignore[operator]
+        one_sentence(error)
+
+
 @pytest.mark.parametrize(
     ("name", "module", "package"),
     [("digits", "sklearn.datasets", "scikit-learn"), ("cifar10", "torchvision.datasets", "torchvision")],

@@ -147,6 +147,26 @@ def test_initialisation() -> None:
     assert not model.fc.bias.any()
 
 
+def test_default_initialisation_is_that_of_torch() -> None:
+    torch.manual_seed(0)
+    model = models.resnet18(width=16, init="default")
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            bound = module.weight[0].numel() ** -0.5
+            assert 0.95 * bound < module.weight.abs().max().item() <= bound
+            assert module.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+    assert model.fc.bias.any()
+    for name in models.available():
+        if "resnet" in name:  # each builder hands it on
+            assert models.create(name, width=4, init="default").fc.bias.any()
+            assert not models.create(name, width=4).fc.bias.any()
+
+
+def test_unknown_initialisation_is_one_sentence() -> None:
+    with pytest.raises(ConfigError, match=r"^unknown init 'defualt' of a ResNet: did you mean 'default'\?$"):
+        models.resnet8(init="defualt")  # type: ignore[arg-type]
+
+
 def test_channels_last_is_kept() -> None:
     model = models.resnet8().to(memory_format=torch.channels_last)
     x = torch.randn(2, 3, 16, 16).to(memory_format=torch.channels_last)

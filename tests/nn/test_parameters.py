@@ -81,6 +81,21 @@ def test_filters_in_full_precision_may_have_a_group_of_their_own() -> None:
     assert [len(g["params"]) for g in parameter_groups(network(), 0.1, filters=True)] == [3, 1, 7]
 
 
+def test_norms_may_be_decayed_too() -> None:
+    model = network(weights="ste", scale="learned")
+    plain, groups = parameter_groups(model, 0.1, 5e-4), parameter_groups(model, 0.1, 5e-4, decay_norms=True)
+    assert names_of(model, groups) == names_of(model, plain)
+    assert [g["weight_decay"] for g in groups] == [5e-4] * 3
+    groups = parameter_groups(model, 0.1, 5e-4, latent_weight_decay=0.0, decay_norms=True)
+    assert [g["weight_decay"] for g in groups] == [0.0, 5e-4, 5e-4]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    before = model[1].weight.detach().clone()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    torch.testing.assert_close(model[1].weight.detach(), before * (1 - 0.1 * 5e-4))
+
+
 def test_weights_that_flip_have_no_rates() -> None:
     model = network(weights="identity_ste", standardize=False, scale="learned")
     latents, *rest = parameter_groups(model, 0.1, latent_lr=0.3, flips=True)  # tests/optim/test_bop.py has what fails

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from abste.data import ImageData, Splits, describe, sets
 from abste.train import Recipe, load_recipe
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the processes below, which import abste_child by name
@@ -45,6 +47,19 @@ def outcome() -> Callable[[Path], Any]:
         return weights, metrics(run), summary.get("test"), summary.get("averaged")
 
     return read
+
+
+@pytest.fixture
+def made_cifar10(monkeypatch: pytest.MonkeyPatch) -> Splits:
+    """What the data set "cifar10" is in this test: 80 images to train on and 20 to test on, made up."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (100, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    description = describe("cifar10")
+    assert description is not None
+    whole = ImageData(pixels, torch.arange(100) % 10, *description, name="cifar10")
+    made = Splits(whole.select(torch.arange(80)), whole.select(torch.arange(80, 100)))
+    monkeypatch.setitem(sets._LOADERS, "cifar10", lambda root, download: made)
+    return made
 
 
 class Child:

@@ -9,16 +9,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import abste
+from abste.data import Splits
+from abste.deploy.runs import export_run
 from abste.errors import AbsteError, CheckpointError, ConfigError, DataError, NonFiniteLossError, RunError
-from abste.train import Recipe, evaluate, fit, load_run
-from abste.train.loop import lr_factor
+from abste.train import Recipe, evaluate, fit, load_recipe, load_run
+from abste.train.checkpoint import load_checkpoint
+from abste.train.loop import _optimizer, lr_factor
 from abste.train.recipe import ScheduleSection, make_recipe
+from abste.train.run import build_model, evaluation_batches, load_data
 
 Tiny = Callable[..., Recipe]
 
@@ -132,6 +138,7 @@ VARIANTS = {
         "optimizer.clip_grad_norm=1.0",
         "train.precision=bf16-mixed",
     ],
+    "black crop, decayed norms": ["data.crop_fill=zero", "data.flip=random", "optimizer.decay_norms=true"],
     "bop, w1a1, ema": [
         *BOP,
         "model.name=resnet8_bireal",
@@ -166,6 +173,66 @@ def test_same_bits_again_and_after_stops(tiny: Tiny, tmp_path: Path, outcome: An
     if recipe.average is not None:
         averaged = evaluate(tmp_path / "c", averaged=True)
         assert averaged["accuracy"] == summary["averaged"]["test"]["accuracy"]
+
+
+def test_cosine_behind_a_warmup() -> None:
+    """That of a published protocol, lr (e + 1) / 5 in epoch e < 5 and then half a cosine to 0, a step at a time."""
+    schedule, steps, epochs = ScheduleSection(shape="cosine", warmup=5 / 1000, final=0), 195, 1000
+    values = [lr_factor(schedule, step, epochs * steps) for step in range(epochs * steps)]
+    for epoch in range(5):  # theirs is constant in an epoch, and where ours is at its end
+        assert values[(epoch + 1) * steps - 1] == pytest.approx((epoch + 1) / 5, rel=0.002)
+    for epoch in (5, 100, 500, 999):
+        theirs = (1 + math.cos(math.pi * (epoch - 4) / (epochs - 4))) / 2
+        assert values[epoch * steps] == pytest.approx(theirs, abs=0.002)
+    assert max(values) == values[5 * steps] == 1 and 0 < values[-1] < 1e-9
+
+
+@pytest.mark.parametrize("more", [[], ["optimizer.decay_norms=false"], ["optimizer.decay_norms=true"]])
+@pytest.mark.parametrize("own", [[], ["optimizer.name=muon"], BOP], ids=["sgd", "muon", "bop"])
+def test_norms_are_decayed_where_the_recipe_says_so(
+    tiny: Tiny, tmp_path: Path, own: list[str], more: list[str]
+) -> None:
+    # Where nothing else moves a norm's weight, decay does.
+    recipe = tiny(*own, *more, "optimizer.weight_decay=0.5", "optimizer.lr=0.01")
+    model, _ = build_model(recipe)
+    groups = {group["name"]: group for group in _optimizer(model, recipe).param_groups}
+    assert groups["norms_biases"]["weight_decay"] == (0.5 if recipe.optimizer.decay_norms else 0.0)
+    assert groups["weights"]["weight_decay"] == 0.5
+    fit(recipe, None, tmp_path / "r", max_steps=3, progress=False)
+    saved = load_checkpoint(tmp_path / "r" / "last.ckpt")["optimizer"]
+    parts = [saved] if "param_groups" in saved else [part for part in saved.values() if "param_groups" in part]
+    decays = {group["name"]: group.get("weight_decay") for part in parts for group in part["param_groups"]}
+    assert decays["norms_biases"] == groups["norms_biases"]["weight_decay"]
+
+
+@pytest.mark.parametrize("statistics", ["dataset", "imagenet", None])
+def test_statistics_reach_training_evaluation_and_the_file(
+    tmp_path: Path, made_cifar10: Splits, statistics: str | None
+) -> None:
+    given = [f"data.statistics={statistics or 'none'}", "model.name=resnet8", "model.kwargs.width=4"]
+    small = ["train.batch_size=20", "train.epochs=1", "train.compile=false", "train.threads=1", "data.crop_padding=0"]
+    recipe = load_recipe("cifar10-resnet20-w1a32", [*given, *small, 'data.flip="none"'])
+    mean, std = made_cifar10.train.mean, made_cifar10.train.std
+    if statistics == "imagenet":
+        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+    train, test, _ = load_data(recipe, None)
+    assert [(part.mean, part.std) for part in (train, test)] == [(mean, std)] * 2
+    images, _ = next(evaluation_batches(test, recipe, "cpu").epoch(0))
+    shape = (1, 3, 1, 1)
+    expected = (test.images / 255 - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
+
+    summary = fit(recipe, None, tmp_path / "r", progress=False)
+    model = load_run(tmp_path / "r")
+    with torch.no_grad():
+        correct = (model(expected).argmax(1) == test.labels).float().mean().item()
+    assert evaluate(tmp_path / "r")["accuracy"] == summary["test"]["accuracy"] == pytest.approx(correct)
+
+    export_run(tmp_path / "r", tmp_path / "r.abste", "given: the data are made up")
+    net = abste.load(tmp_path / "r.abste")
+    assert net.normalization is not None
+    torch.testing.assert_close(torch.tensor(np.array(net.normalization)), torch.tensor([mean, std]))
 
 
 @pytest.mark.parametrize("own", [["optimizer.name=muon"], BOP], ids=["muon", "bop"])

@@ -99,6 +99,10 @@ def test_binary_recipes_differ_only_in_binarisation(binary: str, allowed: set[st
         ("binarize.adaptive_set=1", "'binarize.adaptive_set' must be true or false, not 1."),
         ("binarize.gradient_branch=-0.1", "'binarize.gradient_branch' must be at least 0, not -0.1."),
         ("binarize.gradient_branch=true", "'binarize.gradient_branch' must be a number, not true."),
+        ("optimizer.decay_norms=yes", "'optimizer.decay_norms' must be true or false, not the string 'yes'."),
+        ("data.crop_fill=black", "'data.crop_fill' must be 'reflect' or 'zero', not the string 'black'."),
+        ("data.statistics=cifar", "'data.statistics' must be 'dataset' or 'imagenet', not the string 'cifar'."),
+        ("data.statistics=imagenet", "'data' has statistics = 'imagenet', which are of 3 channels, and images of 1."),
         ("binarize.weights=none", "'binarize' needs 'weights', 'activations' or both"),
         ("train=3", "'train' must be a table, not 3."),
     ],
@@ -209,6 +213,25 @@ def test_unknown_recipe() -> None:
         load_recipe("cifar10-resnet20-w1a33")
     with pytest.raises(ConfigError, match=r"recipe file 'gone\.toml' does not exist"):
         load_recipe("gone.toml")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_notes_of_several_lines(end: str) -> None:
+    notes = f'one "1"{end}two \\ {end}'
+    text = make_recipe({"notes": notes}, "x").to_toml()
+    assert make_recipe(tomllib.loads(text), "again").notes == notes
+    assert (len(text.splitlines()) > len(Recipe().to_toml().splitlines()) + 1) == (end == "\n")
+
+
+def test_keys_that_are_absent_unless_given() -> None:
+    keys = {"data": ("crop_fill", "statistics"), "optimizer": ("decay_norms",)}
+    old = load_recipe(DIGITS).to_dict()
+    assert not [key for section, names in keys.items() for key in names if key in old[section]]
+    given = ["data.crop_fill=zero", "data.statistics=dataset", "optimizer.decay_norms=true"]
+    recipe = load_recipe(DIGITS, given)
+    assert (recipe.data.crop_fill, recipe.data.statistics) == ("zero", "dataset") and recipe.optimizer.decay_norms
+    assert make_recipe(tomllib.loads(recipe.to_toml()), "again") == recipe
+    assert first_difference(old, recipe.to_dict()) == ("data.crop_fill", None, "zero")
 
 
 def test_pieces_of_methods() -> None:

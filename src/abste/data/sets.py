@@ -83,7 +83,7 @@ def available() -> list[str]:
     return sorted(_LOADERS)
 
 
-def load(name: str, root: str | Path | None = None, download: bool = True) -> Splits:
+def load(name: str, root: str | Path | None = None, download: bool = True, statistics: str = "dataset") -> Splits:
     """Load a data set into memory.
 
     - `cifar10`: 50,000 training and 10,000 test photos, 3x32x32, ten classes (Krizhevsky, "Learning Multiple Layers of
@@ -96,14 +96,19 @@ def load(name: str, root: str | Path | None = None, download: bool = True) -> Sp
         root: for `cifar10`, the folder that holds `cifar-10-batches-py/`, or that folder itself; `digits` ignores it.
             It may be read-only where the data is already there.
         download: fetch the data into `root` where it is missing. Files that are already there are never replaced.
+        statistics: what `mean` and `std` are: "dataset", those of the training pixels; or "imagenet", ImageNet's as
+            torchvision's networks have them, with which much code normalises CIFAR-10 too.
 
     Raises:
-        ConfigError: the name is unknown.
+        ConfigError: the name or the statistics are unknown, or the statistics are those of other channels.
         DataError: the data is missing, truncated or foreign, or could not be downloaded, or a package is missing.
     """
     if name not in _LOADERS:
         raise ConfigError(f"There is no data set named {name!r}; {nearest(name, _LOADERS)}")
-    return _LOADERS[name](None if root is None else Path(root).expanduser(), download)
+    _check_statistics(statistics)  # before anything is downloaded
+    splits = _LOADERS[name](None if root is None else Path(root).expanduser(), download)
+    mean, std = _chosen(statistics, name, splits.train.mean, splits.train.std)
+    return Splits(*(replace(split, mean=mean, std=std) for split in splits))
 
 
 class Description(NamedTuple):
@@ -114,14 +119,42 @@ class Description(NamedTuple):
     std: tuple[float, ...]
 
 
-def describe(name: str) -> Description | None:
-    """Class names and pixel statistics of a data set, from no file; None where the name is unknown."""
+def describe(name: str, statistics: str = "dataset") -> Description | None:
+    """Class names and pixel statistics of a data set, from no file; None where the name is unknown.
+
+    Raises:
+        ConfigError: see `load`.
+    """
+    _check_statistics(statistics)
     if name == "cifar10":
-        return Description(_CIFAR10_CLASSES, _CIFAR10_MEAN, _CIFAR10_STD)
+        return Description(_CIFAR10_CLASSES, *_chosen(statistics, name, _CIFAR10_MEAN, _CIFAR10_STD))
     if name == "digits":
-        train = load(name).train
+        train = load(name, statistics=statistics).train
         return Description(train.classes, train.mean, train.std)
     return None
+
+
+_Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+_STATISTICS: dict[str, _Statistics | None] = {
+    "dataset": None,
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+def _check_statistics(statistics: str) -> None:
+    if statistics not in _STATISTICS:
+        raise ConfigError(f"There are no statistics named {statistics!r}; {nearest(statistics, _STATISTICS)}")
+
+
+def _chosen(statistics: str, name: str, mean: tuple[float, ...], std: tuple[float, ...]) -> _Statistics:
+    """Mean and std to normalise with; those given are the data set's own."""
+    chosen = _STATISTICS[statistics] or (mean, std)
+    if len(chosen[0]) != len(mean):
+        raise ConfigError(
+            f"The statistics {statistics!r} are those of {len(chosen[0])} channels, and data set '{name}' has "
+            f"{len(mean)}; leave statistics at 'dataset'."
+        )
+    return chosen
 
 
 def hold_out(train: ImageData, count: int, seed: int) -> tuple[ImageData, ImageData]:

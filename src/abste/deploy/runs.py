@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from abste.data import ImageData, available, describe
+from abste.data import ImageData, describe
 from abste.deploy import format as abste_format
 from abste.deploy.packing import Batch, Check, Data, Export, export, verify_file
 from abste.errors import ConfigError, DataError, FormatError
@@ -48,7 +48,7 @@ def export_run(
     model = load_run(path, averaged=averaged)
     run = RunDirectory(path)
     recipe = run.read_recipe()
-    known = describe(recipe.data.name) if recipe.data.name in available() else None
+    known = describe(recipe.data.name, recipe.data.statistics or "dataset")
     summary = run.read_summary() or {}
     metadata = {
         "name": recipe.name,

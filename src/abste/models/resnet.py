@@ -12,11 +12,14 @@ ResNet-18 has real-valued 1x1 projections instead (option B), as its binary vers
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal, get_args
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from abste.errors import ConfigError
+from abste.errors import ConfigError, nearest
+
+Init = Literal["kaiming", "default"]
 
 
 class PadShortcut(nn.Module):
@@ -115,7 +118,7 @@ class CifarResNet(nn.Module):
     """A ResNet for small images: a stem, stages of blocks, pooling, batch norm, a linear classifier.
 
     The stages have `width`, 2 `width`, 4 `width`... channels; each but the first halves the image. Convolutions have
-    no bias; they and the classifier start from Kaiming's normal distribution (fan-in, ReLU).
+    no bias.
 
     Shapes: float (N, in_channels, H, W), any H and W from 1 up, 32x32 for CIFAR -> logits (N, num_classes).
 
@@ -128,9 +131,13 @@ class CifarResNet(nn.Module):
         stages: how many.
         shortcut: makes the shortcuts of blocks that change the shape: `PadShortcut`, `projection` or
             `pooled_projection`.
+        init: where convolutions and classifier start: ``"kaiming"``, his normal distribution (fan-in, ReLU), with no
+            bias; or ``"default"``, that of torch's layers: uniform within ±1/sqrt(fan-in), the bias too. ReSTE's code
+            has the first for ResNet-20 (but torch's bias) and ImageNet, and the second for CIFAR's ResNet-18.
 
     Raises:
-        ConfigError: a count is not a positive integer; in the forward, an input of another shape or dtype.
+        ConfigError: a count is not a positive integer; an unknown ``init``; in the forward, an input of another shape
+            or dtype.
     """
 
     def __init__(
@@ -142,8 +149,11 @@ class CifarResNet(nn.Module):
         width: int = 16,
         stages: int = 3,
         shortcut: Shortcut = PadShortcut,
+        init: Init = "kaiming",
     ) -> None:
         super().__init__()
+        if init not in get_args(Init):
+            raise ConfigError(f"unknown init {init!r} of a ResNet: {nearest(init, get_args(Init))}")
         counts = {
             "stages": stages,
             "blocks_per_stage": blocks_per_stage,
@@ -168,6 +178,8 @@ class CifarResNet(nn.Module):
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.bn2 = self.last_norm(channels)
         self.fc = nn.Linear(channels, num_classes)
+        if init == "default":
+            return
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -213,8 +225,9 @@ class ImageNetResNet(CifarResNet):
         in_channels: int = 3,
         width: int = 64,
         shortcut: Shortcut = projection,
+        init: Init = "kaiming",
     ) -> None:
-        super().__init__(block, blocks_per_stage, num_classes, in_channels, width, 4, shortcut)
+        super().__init__(block, blocks_per_stage, num_classes, in_channels, width, 4, shortcut, init)
         self.stem_pool = nn.MaxPool2d(3, stride=2, padding=1)
 
     def stem_convolution(self, in_channels: int, width: int) -> nn.Conv2d:
@@ -233,8 +246,9 @@ class BiRealNet(ImageNetResNet):
         num_classes: int = 1000,
         in_channels: int = 3,
         width: int = 64,
+        init: Init = "kaiming",
     ) -> None:
-        super().__init__(BiRealNetBlock, blocks_per_stage, num_classes, in_channels, width, pooled_projection)
+        super().__init__(BiRealNetBlock, blocks_per_stage, num_classes, in_channels, width, pooled_projection, init)
 
     def last_norm(self, channels: int) -> nn.Module:
         return nn.Identity()
@@ -243,71 +257,79 @@ class BiRealNet(ImageNetResNet):
         return self.stem_pool(self.bn1(self.conv1(x)))
 
 
-def resnet20(num_classes: int = 10, in_channels: int = 3, width: int = 16) -> CifarResNet:
+def resnet20(num_classes: int = 10, in_channels: int = 3, width: int = 16, init: Init = "kaiming") -> CifarResNet:
     """ResNet-20 (three blocks per stage) with a shortcut around every two convolutions.
 
     269,850 parameters with the defaults; 40,551,040 multiply-accumulates for one 3x32x32 image, of which the
     convolutions do 40,550,400. See `CifarResNet` for the order of its layers, arguments, shapes and errors.
     Source: ReSTE's `resnet20` (arXiv 2308.06689), after He et al. (arXiv 1512.03385).
     """
-    return CifarResNet(BasicBlock, 3, num_classes, in_channels, width)
+    return CifarResNet(BasicBlock, 3, num_classes, in_channels, width, init=init)
 
 
-def resnet20_bireal(num_classes: int = 10, in_channels: int = 3, width: int = 16) -> CifarResNet:
+def resnet20_bireal(
+    num_classes: int = 10, in_channels: int = 3, width: int = 16, init: Init = "kaiming"
+) -> CifarResNet:
     """ResNet-20 with a shortcut around every convolution, which binary activations need.
 
     The parameters and multiply-accumulates are those of `resnet20`. Source: ReSTE's `resnet20_bireal`
     (arXiv 2308.06689), after Bi-Real net (arXiv 1808.00278).
     """
-    return CifarResNet(BiRealBlock, 3, num_classes, in_channels, width)
+    return CifarResNet(BiRealBlock, 3, num_classes, in_channels, width, init=init)
 
 
-def resnet8(num_classes: int = 10, in_channels: int = 3, width: int = 16) -> CifarResNet:
+def resnet8(num_classes: int = 10, in_channels: int = 3, width: int = 16, init: Init = "kaiming") -> CifarResNet:
     """ResNet-8 (one block per stage) with a shortcut around every two convolutions: small enough for quick studies.
 
     75,418 parameters with the defaults; 12,239,488 multiply-accumulates for one 3x32x32 image, of which the
     convolutions do 12,238,848. Otherwise as `resnet20`.
     """
-    return CifarResNet(BasicBlock, 1, num_classes, in_channels, width)
+    return CifarResNet(BasicBlock, 1, num_classes, in_channels, width, init=init)
 
 
-def resnet8_bireal(num_classes: int = 10, in_channels: int = 3, width: int = 16) -> CifarResNet:
+def resnet8_bireal(num_classes: int = 10, in_channels: int = 3, width: int = 16, init: Init = "kaiming") -> CifarResNet:
     """ResNet-8 with a shortcut around every convolution; parameters and multiply-accumulates as `resnet8`."""
-    return CifarResNet(BiRealBlock, 1, num_classes, in_channels, width)
+    return CifarResNet(BiRealBlock, 1, num_classes, in_channels, width, init=init)
 
 
-def resnet18(num_classes: int = 10, in_channels: int = 3, width: int = 64) -> CifarResNet:
+def resnet18(num_classes: int = 10, in_channels: int = 3, width: int = 64, init: Init = "kaiming") -> CifarResNet:
     """ResNet-18 for small images: four stages of two blocks behind a 3x3 stem, with 1x1 projection shortcuts.
 
     11,174,986 parameters with the defaults (``width=32`` is half as wide); 555,422,720 multiply-accumulates for one
     3x32x32 image, of which the convolutions do 555,417,600. Otherwise as `CifarResNet`.
     Source: ReSTE's `resnet18` (arXiv 2308.06689), after He et al. (arXiv 1512.03385).
     """
-    return CifarResNet(BasicBlock, 2, num_classes, in_channels, width, 4, projection)
+    return CifarResNet(BasicBlock, 2, num_classes, in_channels, width, 4, projection, init)
 
 
-def resnet18_bireal(num_classes: int = 10, in_channels: int = 3, width: int = 64) -> CifarResNet:
+def resnet18_bireal(
+    num_classes: int = 10, in_channels: int = 3, width: int = 64, init: Init = "kaiming"
+) -> CifarResNet:
     """ResNet-18 for small images with a shortcut around every convolution, which binary activations need.
 
     The parameters and multiply-accumulates are those of `resnet18`.
     """
-    return CifarResNet(BiRealBlock, 2, num_classes, in_channels, width, 4, projection)
+    return CifarResNet(BiRealBlock, 2, num_classes, in_channels, width, 4, projection, init)
 
 
-def imagenet_resnet18(num_classes: int = 1000, in_channels: int = 3, width: int = 64) -> ImageNetResNet:
+def imagenet_resnet18(
+    num_classes: int = 1000, in_channels: int = 3, width: int = 64, init: Init = "kaiming"
+) -> ImageNetResNet:
     """ResNet-18 for ImageNet with a shortcut around every two convolutions, in the order of `BasicBlock`.
 
     11,690,536 parameters with the defaults: those of He et al., and a batch norm before the classifier;
     1,814,073,344 multiply-accumulates for one 3x224x224 image, of which the convolutions do 1,813,561,344.
     Source: He et al. (arXiv 1512.03385), in the order of ReSTE (arXiv 2308.06689).
     """
-    return ImageNetResNet(BasicBlock, 2, num_classes, in_channels, width)
+    return ImageNetResNet(BasicBlock, 2, num_classes, in_channels, width, init=init)
 
 
-def imagenet_resnet18_bireal(num_classes: int = 1000, in_channels: int = 3, width: int = 64) -> BiRealNet:
+def imagenet_resnet18_bireal(
+    num_classes: int = 1000, in_channels: int = 3, width: int = 64, init: Init = "kaiming"
+) -> BiRealNet:
     """Bi-Real net 18: a shortcut around every convolution, averaging before its 1x1 projections, no ReLU.
 
     11,689,512 parameters with the defaults; multiply-accumulates as `imagenet_resnet18`.
     Source: Bi-Real net (arXiv 1808.00278).
     """
-    return BiRealNet(2, num_classes, in_channels, width)
+    return BiRealNet(2, num_classes, in_channels, width, init)

@@ -30,6 +30,7 @@ def parameter_groups(
     latent_weight_decay: float | None = None,
     filters: bool = False,
     flips: bool = False,
+    decay_norms: bool = False,
 ) -> list[dict[str, Any]]:
     """Split a model's parameters into latents, other weights, and norms and biases, for any torch optimizer.
 
@@ -37,7 +38,7 @@ def parameter_groups(
         model: converted or not.
         lr: learning rate of every group.
         weight_decay: of latents and other weights. Norms, biases and learned scales (all parameters of fewer than two
-            dimensions) get none.
+            dimensions) get none, unless ``decay_norms``.
         latent_lr: learning rate of the latents; default ``lr``.
         latent_weight_decay: weight decay of the latents; default ``weight_decay``. On standardised latents, whose
             size does not matter to the output, it sets the effective step size rather than shrink anything.
@@ -45,6 +46,8 @@ def parameter_groups(
             their own, with the rates of the other weights, for optimizers such as :class:`abste.optim.Muon`.
         flips: the latents are for an optimizer that flips signs, :class:`abste.optim.Bop`, which makes them ±1. Their
             group, which comes first, then has no lr and no weight_decay, and their layers are checked.
+        decay_norms: norms, biases and learned scales get ``weight_decay`` too, as they do where an optimizer is given
+            ``model.parameters()``: in most code that published results come from.
 
     Returns:
         Groups with keys params, lr, weight_decay and name (``"latents"``, ``"filters"``, ``"weights"``,
@@ -92,7 +95,7 @@ def parameter_groups(
             "name": "norms_biases",
             "params": [parameter for parameter in others if parameter.dim() < 2],
             "lr": lr,
-            "weight_decay": 0.0,
+            "weight_decay": weight_decay if decay_norms else 0.0,
         },
     ]
     if flips:

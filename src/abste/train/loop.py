@@ -291,7 +291,12 @@ class _Loop:
         self.train = Batches(
             self.train_images,
             self.batch_size // fabric.world_size,
-            augment=Augment(crop_padding=recipe.data.crop_padding, flip=recipe.data.flip, cutout=recipe.data.cutout),
+            augment=Augment(
+                crop_padding=recipe.data.crop_padding,
+                crop_fill=recipe.data.crop_fill or "reflect",
+                flip=recipe.data.flip,
+                cutout=recipe.data.cutout,
+            ),
             seed=settings.seed,
             device=self.device,
             channels_last=settings.channels_last,
@@ -816,6 +821,7 @@ def _optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         latent_weight_decay=section.latent_weight_decay,
         filters=bool(section.muon_filters),
         flips=section.name == "bop",
+        decay_norms=bool(section.decay_norms),
     )
     plain = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
     if section.name in plain:

@@ -64,8 +64,20 @@ class DataSection(Section):
     """Images of the training set held out, the same for every seed; then every evaluation is on them, none on the test
     set."""
     crop_padding: Count = 0
+    crop_fill: Literal["reflect", "zero"] | None = None
+    """What the crop's padding is: the image mirrored (by default), or black pixels, before normalisation."""
     flip: Literal["none", "random", "alternating"] = "none"
     cutout: Count = 0
+    statistics: Literal["dataset", "imagenet"] | None = None
+    """Mean and standard deviation to normalise with, in training, evaluation and exports: of the data set's training
+    pixels (by default), or ImageNet's."""
+
+    @model_validator(mode="after")
+    def _statistics_fit(self) -> DataSection:
+        if self.statistics == "imagenet" and self.image_shape[0] != 3:
+            text = f"has statistics = 'imagenet', which are of 3 channels, and images of {self.image_shape[0]}"
+            raise PydanticCustomError("rule", text)
+        return self
 
 
 class ModelSection(Section):
@@ -128,7 +140,7 @@ _OPTIMIZER_KEYS: dict[str, dict[str, Any]] = {
 
 
 class OptimizerSection(Section):
-    """``momentum`` and ``nesterov`` belong to sgd, ``betas`` to adamw. Norms and biases are never decayed.
+    """``momentum`` and ``nesterov`` belong to sgd, ``betas`` to adamw.
 
     Weight decay is decoupled but for sgd. ``muon`` and ``bop`` (``abste.optim``) train the latents, ``rest`` everything
     else. Under ``bop`` the weights are ±1 and there are no latents, so it has no rates for them, and ``[binarize]``
@@ -142,6 +154,9 @@ class OptimizerSection(Section):
     nesterov: bool = True
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    """Not of norms, biases and learned scales, unless ``decay_norms``."""
+    decay_norms: bool | None = None
+    """Decay norms, biases and learned scales too; false by default."""
     latent_lr: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate of the latent weights; by default ``lr``. Of muon: of all that it trains."""
     latent_weight_decay: Annotated[float, Field(ge=0)] | None = None
@@ -299,7 +314,10 @@ class Recipe(Section):
 
     def to_toml(self) -> str:
         """The resolved recipe; :func:`load_recipe` reads it back to an equal one."""
-        return tomli_w.dumps(self.to_dict())
+        tables = self.to_dict()
+        text = tomli_w.dumps(tables, multiline_strings=True)
+        # For reading; but it writes the end of a line as \n, whatever it was.
+        return text if tomllib.loads(text) == tables else tomli_w.dumps(tables)
 
 
 # Keys that may change between the parts of a run: they decide when things are reported and saved, not what is computed.
@@ -440,8 +458,8 @@ def make_recipe(tables: Mapping[str, Any], source: str) -> Recipe:
 def builtin_recipes() -> dict[str, str]:
     """Name and text of every recipe that comes with abste."""
     folder = resources.files(__package__) / "recipes"
-    files = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
-    return {f.name.removesuffix(".toml"): f.read_text(encoding="utf-8") for f in files}
+    files = {f.name.removesuffix(".toml"): f for f in folder.iterdir() if f.name.endswith(".toml")}
+    return {name: files[name].read_text(encoding="utf-8") for name in sorted(files)}
 
 
 def _read(name: str, base: Path | None) -> tuple[str, str, Path | None]:

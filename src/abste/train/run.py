@@ -157,7 +157,7 @@ def load_data(recipe: Recipe, root: str | Path | None) -> tuple[ImageData, Image
         ConfigError: an unknown data set, or a hold-out larger than the training set.
     """
     section = recipe.data
-    train, evaluation = load(section.name, root=root)
+    train, evaluation = load(section.name, root=root, statistics=section.statistics or "dataset")
     shape, classes = list(train.images.shape[1:]), len(train.classes)
     if shape != section.image_shape:
         raise DataError(
