@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from lightning_fabric import Fabric
-from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
@@ -38,6 +37,7 @@ from abste.train.checkpoint import (
     set_random_state,
 )
 from abste.train.files import write_atomic, write_error, write_json
+from abste.train.init import start_from_run
 from abste.train.progress import Progress, duration
 from abste.train.recipe import Recipe, ScheduleSection
 from abste.train.run import (
@@ -50,6 +50,7 @@ from abste.train.run import (
     git_state,
     load_data,
     recalibrated,
+    weights_file,
 )
 
 T = TypeVar("T")
@@ -135,7 +136,8 @@ def fit(
     try:
         with contextlib.ExitStack() as stack:
             _on_rank_zero(fabric, lambda: stack.enter_context(run.owned(resume)))
-            loop = _Loop(fabric, recipe, run, data_root, Progress(progress and fabric.is_global_zero))
+            show = Progress(progress and fabric.is_global_zero)
+            loop = _Loop(fabric, recipe, run, data_root, show, fresh=not (resume and run.begun()))
             finished = loop.open(resume)
             if finished is not None:
                 return finished
@@ -230,7 +232,13 @@ class _Loop:
     """One run in this process: its objects, its position, and how they are saved."""
 
     def __init__(
-        self, fabric: Fabric, recipe: Recipe, run: RunDirectory, data_root: str | Path | None, progress: Progress
+        self,
+        fabric: Fabric,
+        recipe: Recipe,
+        run: RunDirectory,
+        data_root: str | Path | None,
+        progress: Progress,
+        fresh: bool,
     ) -> None:
         self.fabric, self.recipe, self.run, self.progress = fabric, recipe, run, progress
         self.device = fabric.device
@@ -261,6 +269,8 @@ class _Loop:
         self.total_steps = settings.epochs * self.steps_per_epoch
 
         self.module, self.conversion = build_model(recipe)
+        # What the weights started from; a checkpoint has weights of its own, and needs no other run.
+        self.started = start_from_run(self.module, recipe) if fresh else None
         self.macs = _macs(self.module, recipe)
         self.module.to(self.device)
         if settings.channels_last:
@@ -321,7 +331,8 @@ class _Loop:
     def _open_files(self, resume: bool) -> None:
         run = self.run
         write_atomic(run.recipe, self.recipe.to_toml().encode())  # first: it makes the directory a run
-        write_atomic(run.conversion, f"{self.conversion}\n".encode())
+        report = str(self.conversion) if self.started is None else f"{self.conversion}\n{self.started['report']}"
+        write_atomic(run.conversion, f"{report}\n".encode())
         try:
             self.metrics_file = _open_lines(run.metrics, self.metrics_bytes)
             if self.recipe.diagnostics is not None or run.diagnostics.exists():
@@ -384,6 +395,7 @@ class _Loop:
         self.diagnostics_bytes, self.diagnostics_state = state.get("diagnostics_bytes", 0), state.get("diagnostics")
         self.window_images, self.epoch_sums = state["window_images"], list(state["epoch_sums"])
         self.last_training, self.last_evaluation = state["last_training"], state["last_evaluation"]
+        self.started = state.get("started")
         self.saved_step = self.step
         rank = self.fabric.global_rank
         if rank < len(state["random"]):  # else there are more processes now than there were
@@ -401,12 +413,16 @@ class _Loop:
             f"{recipe.train.epochs} epochs of {self.steps_per_epoch} steps, on {self.device}"
             + (f", from step {self.step}" if self.step else "")
         )
+        if self.started is not None and self.saved_step is None:
+            self.progress.line(self.started["report"])
         self.deadline = deadline
         self.last_step = _NEVER if max_steps is None else self.step + max_steps
         self.clock = self.saved = self.shown = time.monotonic()
         self.timed_steps, self.timed_seconds, self.latest = 0, 0.0, ""
         try:
             with self.signals.caught():
+                if self.started is not None and self.saved_step is None:
+                    self._save()  # from here on the run needs no other
                 while self.epoch < recipe.train.epochs:
                     reason = self._train_epoch()
                     if reason != _RUNNING:
@@ -651,6 +667,7 @@ class _Loop:
             "epoch_sums": self.epoch_sums,
             "last_training": self.last_training,
             "last_evaluation": self.last_evaluation,
+            "started": self.started,
         }
         save_checkpoint(self.run.checkpoint, state)
 
@@ -690,6 +707,8 @@ class _Loop:
                 self.split: {**averaged, "epoch": recipe.train.epochs, "precision": "float32"},
                 "batch_norm": f"recalibrated on the {len(self.train_images)} training images",
             }
+        if self.started is not None:
+            summary["init"] = self.started
         summary |= {
             "train": self.last_training,
             "cost": {
@@ -725,9 +744,7 @@ def _open_lines(path: Path, size: int) -> Any:
 
 def _write_weights(path: Path, module: nn.Module, recipe: Recipe) -> str:
     """Write a state dict as safetensors and give the file's SHA-256."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-    # One key of metadata: the order of several is random, and equal weights should make equal files.
-    data = save_safetensors(tensors, metadata={"recipe": recipe.name})
+    data = weights_file(module.state_dict(), recipe)
     write_atomic(path, data)
     return hashlib.sha256(data).hexdigest()
 
