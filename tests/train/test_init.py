@@ -140,7 +140,7 @@ def test_resuming_needs_no_source(tiny: Tiny, float_run: Path, tmp_path: Path, o
     assert fit(recipe, None, tmp_path / "b", resume=True, progress=False)["finished"]
     with pytest.raises(RunError, match=r"init = '.*source': .*source holds no run of abste: recipe.toml is missing"):
         fit(recipe, None, tmp_path / "c", resume=True, progress=False)
-    with pytest.raises(CheckpointError, match="was written with init = '.*', but this run asks for nothing"):
+    with pytest.raises(CheckpointError, match=r"was written with init = '.*', but this run asks for nothing"):
         fit(tiny(*BINARY), None, tmp_path / "b", resume=True, progress=False)
 
 

@@ -36,6 +36,7 @@ from abste.train.checkpoint import (
     save_checkpoint,
     set_random_state,
 )
+from abste.train.distill import Teacher, distillation_loss
 from abste.train.files import write_atomic, write_error, write_json
 from abste.train.init import start_from_run
 from abste.train.progress import Progress, duration
@@ -52,6 +53,7 @@ from abste.train.run import (
     recalibrated,
     weights_file,
 )
+from abste.train.sizes import check_sizes, image_size, image_sizes, resized
 
 T = TypeVar("T")
 
@@ -271,7 +273,8 @@ class _Loop:
         self.module, self.conversion = build_model(recipe)
         # What the weights started from; a checkpoint has weights of its own, and needs no other run.
         self.started = start_from_run(self.module, recipe) if fresh else None
-        self.macs = _macs(self.module, recipe)
+        check_sizes(self.module, recipe)
+        self.macs, self.macs_of_all_epochs = _macs(self.module, recipe)
         self.module.to(self.device)
         if settings.channels_last:
             self.module.to(memory_format=torch.channels_last)
@@ -280,7 +283,9 @@ class _Loop:
             group["initial_lr"] = group["lr"]
         self.schedule = _estimator_schedule(self.module, self.total_steps)
         self.averaged = _averaged(self.module, recipe)
-        self.model, self.optimizer = fabric.setup(_compiled(self.module, recipe, self.device), self.raw_optimizer)
+        self.model, self.optimizer = fabric.setup(self._prepared(self.module), self.raw_optimizer)
+        self.teacher: Teacher | None = None
+        self.taught: dict[str, Any] | None = None  # by whom, up to the checkpoint
         torch.manual_seed(settings.seed + fabric.global_rank)  # dropout and the like differ between ranks
 
         self.epoch = 0
@@ -303,6 +308,9 @@ class _Loop:
         self.diagnostics: Any = None
         self.diagnostics_file: Any = None
 
+    def _prepared(self, module: nn.Module) -> nn.Module:
+        return _compiled(module, self.recipe, self.device)
+
     @property
     def step(self) -> int:
         """Optimizer steps done."""
@@ -323,6 +331,12 @@ class _Loop:
             if finished is not None:
                 self.progress.line(f"{self.run.path} is already finished")
                 return finished
+        if self.recipe.distill is not None:
+            random = random_state(self.device)
+            self.teacher = Teacher(self.recipe, self.device, self.fabric.autocast, self._prepared)
+            set_random_state(random, self.device)  # a network that is built draws its first weights
+            if self.taught is not None:
+                self.teacher.check(self.run.checkpoint, self.taught)
         _on_rank_zero(self.fabric, lambda: self._open_files(resume))
         if self.fabric.is_global_zero:  # of its share of the batch; the weights are the same everywhere
             self.diagnostics = self._diagnostics()
@@ -395,7 +409,7 @@ class _Loop:
         self.diagnostics_bytes, self.diagnostics_state = state.get("diagnostics_bytes", 0), state.get("diagnostics")
         self.window_images, self.epoch_sums = state["window_images"], list(state["epoch_sums"])
         self.last_training, self.last_evaluation = state["last_training"], state["last_evaluation"]
-        self.started = state.get("started")
+        self.started, self.taught = state.get("started"), state.get("teacher")
         self.saved_step = self.step
         rank = self.fabric.global_rank
         if rank < len(state["random"]):  # else there are more processes now than there were
@@ -488,8 +502,12 @@ class _Loop:
         factor = lr_factor(recipe.schedule, step, self.total_steps)
         for group in self.raw_optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-        logits = self.model(images)
-        loss = F.cross_entropy(logits, labels, label_smoothing=recipe.train.label_smoothing)
+        logits = self.model(resized(images, image_size(recipe, self.epoch)))
+        smoothing = recipe.train.label_smoothing
+        if self.teacher is None or recipe.distill is None:
+            loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        else:
+            loss = distillation_loss(logits, self.teacher(images), labels, recipe.distill, smoothing)
         self.fabric.backward(loss)
         if recipe.optimizer.clip_grad_norm is not None:
             self.fabric.clip_gradients(
@@ -668,6 +686,7 @@ class _Loop:
             "last_training": self.last_training,
             "last_evaluation": self.last_evaluation,
             "started": self.started,
+            "teacher": None if self.teacher is None else self.teacher.record,
         }
         save_checkpoint(self.run.checkpoint, state)
 
@@ -709,6 +728,8 @@ class _Loop:
             }
         if self.started is not None:
             summary["init"] = self.started
+        if self.teacher is not None:
+            summary["teacher"] = self.teacher.record
         summary |= {
             "train": self.last_training,
             "cost": {
@@ -719,8 +740,7 @@ class _Loop:
                 "steps": self.total_steps,
                 "samples": samples,
                 "forward_macs": self.macs,
-                "estimated_training_flops": None if self.macs is None else 6 * self.macs * samples,
-                "flops_rule": "6 x MACs of one forward pass x samples seen",
+                **self._flops(),
                 "parameters": sum(p.numel() for p in self.module.parameters()),
                 "processes": self.fabric.world_size,
             },
@@ -732,6 +752,15 @@ class _Loop:
         }
         write_json(run.summary, summary)
         return summary
+
+    def _flops(self) -> dict[str, Any]:
+        epochs, rule, macs = self.recipe.train.epochs, "6 x MACs of one forward pass", 6 * self.macs_of_all_epochs
+        if self.recipe.train.image_sizes is not None:
+            rule += " at the size of the epoch"
+        if self.teacher is not None:
+            rule, macs = f"({rule} + 2 x those of the teacher)", macs + 2 * self.teacher.macs * epochs
+        samples_per_epoch = self.steps_per_epoch * self.recipe.train.batch_size
+        return {"estimated_training_flops": macs * samples_per_epoch, "flops_rule": f"{rule} x samples seen"}
 
 
 def _open_lines(path: Path, size: int) -> Any:
@@ -755,7 +784,8 @@ def _compiled(module: nn.Module, recipe: Recipe, device: torch.device) -> nn.Mod
     compilers = filter(None, (os.environ.get("CXX"), "g++", "clang++"))
     if device.type == "cpu" and not any(shutil.which(compiler) for compiler in compilers):
         raise ConfigError("train.compile needs a C++ compiler on a CPU: install g++, or --set train.compile=false.")
-    return torch.compile(module)  # type: ignore[return-value]
+    # Each size of images has code of its own: what is compiled must not depend on the sizes this process saw before.
+    return torch.compile(module, dynamic=False)  # type: ignore[return-value]
 
 
 def _optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -808,8 +838,11 @@ def _averaged(module: nn.Module, recipe: Recipe) -> AveragedModel | None:
     return AveragedModel(module, multi_avg_fn=function)  # buffers follow the model; n_averaged stays on the CPU
 
 
-def _macs(module: nn.Module, recipe: Recipe) -> int | None:
-    """Multiply-accumulates of one forward pass of one image."""
+def _macs(module: nn.Module, recipe: Recipe) -> tuple[int, int]:
+    """Multiply-accumulates of one forward pass of one image: at full size, and over all epochs at the size of each."""
     from abste.nn import summary
 
-    return int(summary(module, (1, *recipe.data.image_shape)).total_macs)
+    channels, *full = recipe.data.image_shape
+    sizes = image_sizes(recipe)
+    macs = {size: int(summary(module, (1, channels, *size)).total_macs) for size in {tuple(full), *sizes}}
+    return macs[tuple(full)], sum(macs[size] * epochs for size, epochs in sizes.items())
