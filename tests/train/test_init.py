@@ -189,7 +189,7 @@ def test_command_line(float_run: Path, tmp_path: Path, capsys: Any) -> None:
         ([], ["model.kwargs.width=8"], ConfigError,
          r"its network \(resnet8_bireal\) has only 0.\d% of the parameters of this one \(resnet8_bireal\) by name"),
         ([], ["data.holdout=200"], ConfigError,
-         "was trained with data.holdout = 0, so it has seen images that data.holdout = 200 holds out; use the same"),
+         "was trained with data.holdout = 0, and so may have seen images that data.holdout = 200 holds out; use the same"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_leaves_nothing(

@@ -264,8 +264,8 @@ def open_source(key: str, source: str, recipe: Recipe) -> Trained:
     data = found.recipe.data
     if recipe.data.holdout and data.name == recipe.data.name and data.holdout != recipe.data.holdout:
         raise ConfigError(
-            f"{key} = '{source}': that run was trained with data.holdout = {data.holdout}, so it has seen images that "
-            f"data.holdout = {recipe.data.holdout} holds out; use the same for both."
+            f"{key} = '{source}': that run was trained with data.holdout = {data.holdout}, and so may have seen "
+            f"images that data.holdout = {recipe.data.holdout} holds out; use the same for both."
         )
     return found
 
