@@ -115,7 +115,9 @@ class RunDirectory:
         try:
             tables = tomllib.loads(self.recipe.read_text(encoding="utf-8"))
         except OSError as error:
-            raise RunError(f"{self.path} holds no run of abste: {self.recipe.name} {_reason(error)}.") from error
+            raise RunError(
+                f"{self.path} holds no run of abste: {self.recipe.name} {_reason(error)}; give the directory of a run."
+            ) from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise RunError(f"{self.recipe} is damaged: {error}.") from error
         return make_recipe(tables, str(self.recipe))
