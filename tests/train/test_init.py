@@ -18,6 +18,7 @@ from abste.errors import CheckpointError, ConfigError, RunError
 from abste.nn import AdaptiveSet, BinaryConv2d, GradientBranch, convert
 from abste.train import Recipe, evaluate, fit, load_run
 from abste.train.init import transfer
+from abste.train.loop import _Loop
 
 Tiny = Callable[..., Recipe]
 FLOAT = ["binarize=none", "model.name=resnet8_bireal", "average.decay=0.9"]
@@ -125,12 +126,21 @@ def test_a_run(tiny: Tiny, float_run: Path, tmp_path: Path, capsys: Any) -> None
     assert "init" not in cold and cold["test"]["accuracy"] < summary["test"]["accuracy"]
 
 
-def test_resuming_needs_no_source(tiny: Tiny, float_run: Path, tmp_path: Path, outcome: Any) -> None:
+def test_resuming_needs_no_source(
+    tiny: Tiny, float_run: Path, tmp_path: Path, outcome: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = tmp_path / "source"
     shutil.copytree(float_run, source)
     recipe = tiny(*BINARY, f"init='{source}'")
     fit(recipe, None, tmp_path / "a", progress=False)
-    fit(recipe, None, tmp_path / "b", max_steps=9, progress=False)
+
+    def die(*_: Any) -> None:
+        raise SystemError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Loop, "_train_step", die)  # before the first step
+        with pytest.raises(SystemError):
+            fit(recipe, None, tmp_path / "b", progress=False)
     fit(recipe, None, tmp_path / "c", max_steps=3, progress=False)
     (tmp_path / "c" / "last.ckpt").unlink()  # as if killed before the first checkpoint
     shutil.rmtree(source)
