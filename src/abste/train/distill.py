@@ -72,12 +72,12 @@ class Teacher:
     ) -> None:
         assert recipe.distill is not None
         source = open_source("distill.teacher", recipe.distill.teacher, recipe)
-        for key in ("name", "image_shape"):
-            theirs, ours = getattr(source.recipe.data, key), getattr(recipe.data, key)
-            if theirs != ours:
+        ours = _knowledge(recipe)
+        for key, theirs in _knowledge(source.recipe).items():
+            if theirs != ours[key]:
                 raise ConfigError(
-                    f"distill.teacher = '{recipe.distill.teacher}': that run has data.{key} = {theirs!r}, but this one "
-                    f"{ours!r}; a teacher must know the same images and classes."
+                    f"distill.teacher = '{recipe.distill.teacher}': that run has {key} = {theirs!r}, but this one "
+                    f"{ours[key]!r}; a teacher must know the same images and classes."
                 )
         self.record = {
             "source": recipe.distill.teacher,
@@ -111,3 +111,12 @@ class Teacher:
                 f"{self.record['source']} now holds {self.record['sha256'][:12]} ({self.record['file']}); put that "
                 "teacher back, or start again in another --out."
             )
+
+
+def _knowledge(recipe: Recipe) -> dict[str, Any]:
+    """What a teacher and its student must agree on, by key."""
+    return {
+        "data.name": recipe.data.name,
+        "data.image_shape": recipe.data.image_shape,
+        "model.kwargs.num_classes": recipe.model.kwargs.get("num_classes", recipe.data.classes),
+    }
