@@ -144,7 +144,7 @@ VARIANTS = {
         "train.compile=true",
         "train.precision=bf16-mixed",
         'binarize.activations="ab_arctan"',
-        "train.image_sizes=[[0, 4], [0.3, 6], [0.6, 8]]",
+        "train.image_sizes=[[0, 4], [0.3, 8]]",
     ],
 }
 
