@@ -109,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         "  abste train cifar10-resnet20-w1a32 --data data --out runs/r20\n"
         "  abste train cifar10-resnet20-w1a32 --data data --out runs/r20 --resume\n"
         "  abste train cifar10-resnet20-w1a1 --data data --out runs/w1a1 --set optimizer.lr=0.2 --seed 1\n"
+        "  abste train cifar10-resnet20-w1a1 --data data --out runs/warm --init runs/float\n"
         "  torchrun --nproc-per-node 2 -m abste train mine.toml --data data --out runs/mine",
     )
     sub.add_argument("recipe", metavar="RECIPE", help="built-in recipe (see `abste recipes`) or a TOML file")
@@ -119,6 +120,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--threads", type=int, metavar="N", help="CPU threads; short for --set train.threads=N")
     sub.add_argument(
         "--precision", metavar="P", help="32-true, bf16-mixed or 16-mixed; short for --set train.precision=P"
+    )
+    sub.add_argument(
+        "--init",
+        metavar="RUN",
+        help="start from the weights of this run, float or binary (RUN/averaged.safetensors: its averaged ones); "
+        "short for --set init=RUN",
     )
     sub.add_argument("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
     sub.add_argument("--max-minutes", type=float, metavar="M", help="stop cleanly, with a checkpoint, after M minutes")
@@ -301,6 +308,8 @@ def _train(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, key)
         if value is not None:
             overrides.append(f"train.{key}={value}")
+    if arguments.init is not None:
+        overrides.append(f"init={json.dumps(arguments.init)}")
     recipe = load_recipe(arguments.recipe, overrides)  # before torch is imported: a typo is answered at once
     import torch.distributed as dist
 

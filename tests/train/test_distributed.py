@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from abste.train import Recipe, evaluate
+from abste.train import Recipe, evaluate, fit
 
 Tiny = Callable[..., Recipe]
 
@@ -64,7 +64,7 @@ def test_two_processes(pair: Any, outcome: Any, recipe: Path, tmp_path: Path) ->
     assert outcome(tmp_path / "b") == outcome(tmp_path / "a")
 
 
-@pytest.mark.parametrize("name", ["muon", "bop"])
+@pytest.mark.parametrize("name", ["muon", "bop", "distill"])
 def test_processes_take_the_same_steps(pair: Any, outcome: Any, tiny: Tiny, tmp_path: Path, name: str) -> None:
     own = {
         "muon": ["optimizer.name=muon", "optimizer.muon_filters=true"],
@@ -72,7 +72,10 @@ def test_processes_take_the_same_steps(pair: Any, outcome: Any, tiny: Tiny, tmp_
             *("optimizer.name=bop", "optimizer.lr=0.01", "binarize.weights=identity_ste"),
             *("binarize.standardize=false", "binarize.scale=none"),
         ],
+        "distill": [f"distill.teacher='{tmp_path / 'teacher'}'", "distill.alpha=0.9"],
     }[name]
+    if name == "distill":
+        fit(tiny("binarize=none", "train.epochs=1"), None, tmp_path / "teacher", progress=False)
     recipe = tmp_path / "two.toml"
     recipe.write_text(tiny(*own, "train.epochs=2").to_toml())
     for out in ("a", "b"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shlex
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -31,6 +32,14 @@ def expected(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory, outcome: Any)
     (folder / "recipe.toml").write_text(recipe.to_toml())
     fit(recipe, None, folder / "run", progress=False)
     return folder / "recipe.toml", outcome(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float run of the same network."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    fit(tiny("binarize=none", "train.epochs=1"), None, out, progress=False)
+    return out
 
 
 def wait_for(condition: Callable[[], bool], child: Any, seconds: float = 60) -> bool:
@@ -82,6 +91,32 @@ def test_killed_runs_end_with_the_same_bits(
     halves = kill_and_compare(abste, outcome, expected, tmp_path / "run", 3, during_write)
     if during_write:
         assert halves > 0  # or this tests nothing
+
+
+@pytest.mark.parametrize("feature", ["init", "distill", "image_sizes"])
+def test_killed_runs_that_depend_on_more(
+    abste: Any, outcome: Any, tiny: Tiny, trained: Path, tmp_path: Path, feature: str
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(trained, other)
+    own = {
+        "init": [f"init='{other}'"],
+        # Random signs, since a teacher that is built again must not draw from their stream.
+        "distill": [f"distill={{teacher = '{other}', alpha = 0.5}}", "binarize.weights=stochastic_sign"],
+        "image_sizes": ["train.image_sizes=[[0, 4], [0.5, 8]]"],
+    }[feature]
+    recipe = tiny(*BUSY, *own, "train.epochs=2")
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml())
+    fit(recipe, None, tmp_path / "undisturbed", progress=False)
+    expected = tmp_path / "recipe.toml", outcome(tmp_path / "undisturbed")
+    out = tmp_path / "run"
+    if feature == "init":  # no more than the first checkpoint is needed to go on without the other run
+        child = abste("train", expected[0], "--out", out)
+        assert wait_for((out / "last.ckpt").exists, child)
+        os.kill(child.pid, signal.SIGKILL)
+        child.process.join()
+        shutil.rmtree(other)
+    kill_and_compare(abste, outcome, expected, out, 2, False)
 
 
 @pytest.mark.slow

@@ -111,7 +111,7 @@ VARIANTS = {
         "optimizer.lr=0.01",
         "optimizer.clip_grad_norm=1.0",
     ],
-    "reste, swa, bf16, augmented": [
+    "reste, swa, bf16, augmented, progressive": [
         "binarize.weights=reste",
         "average.method=swa",
         "average.every=3",
@@ -122,6 +122,7 @@ VARIANTS = {
         "train.label_smoothing=0.1",
         "schedule.shape=cosine",
         "train.channels_last=false",
+        "train.image_sizes=[[0, 4], [0.3, 6], [0.6, 8]]",
     ],
     "adaptive": [
         'binarize.weights={name = "ab_tanh", blend = {name = "equilibrium", rho_end = 1.5}}',
@@ -146,12 +147,18 @@ VARIANTS = {
         "binarize.scale=learned",
         "average.decay=0.9",
     ],
-    "compiled": ["train.compile=true", "train.precision=bf16-mixed", 'binarize.activations="ab_arctan"'],
+    "compiled, progressive": [
+        "train.compile=true",
+        "train.precision=bf16-mixed",
+        'binarize.activations="ab_arctan"',
+        "train.image_sizes=[[0, 4], [0.3, 8]]",
+    ],
 }
 
 
 @pytest.mark.parametrize(
-    "variant", [pytest.param(name, marks=pytest.mark.slow) if name == "compiled" else name for name in VARIANTS]
+    "variant",
+    [pytest.param(name, marks=pytest.mark.slow) if name.startswith("compiled") else name for name in VARIANTS],
 )
 def test_same_bits_again_and_after_stops(tiny: Tiny, tmp_path: Path, outcome: Any, variant: str) -> None:
     recipe = tiny(*VARIANTS[variant])

@@ -94,6 +94,11 @@ class GradientBranch(nn.Module):
         self.layer = layer
         self.branch = nn.Parameter(self._core().weight.detach().clone())
 
+    @torch.no_grad()
+    def reset_branch(self) -> None:
+        """Make the branch a copy of the latents, as it is at its start."""
+        self.branch.copy_(self._core().weight)
+
     def _core(self) -> BinaryConv1d | BinaryConv2d | BinaryLinear:
         return self.layer.layer if isinstance(self.layer, AdaptiveSet) else self.layer
 

@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from lightning_fabric import Fabric
-from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
@@ -37,7 +36,9 @@ from abste.train.checkpoint import (
     save_checkpoint,
     set_random_state,
 )
+from abste.train.distill import Teacher, distillation_loss
 from abste.train.files import write_atomic, write_error, write_json
+from abste.train.init import start_from_run
 from abste.train.progress import Progress, duration
 from abste.train.recipe import Recipe, ScheduleSection
 from abste.train.run import (
@@ -50,7 +51,9 @@ from abste.train.run import (
     git_state,
     load_data,
     recalibrated,
+    weights_file,
 )
+from abste.train.sizes import check_sizes, image_size, image_sizes, resized
 
 T = TypeVar("T")
 
@@ -139,7 +142,8 @@ def fit(
     try:
         with contextlib.ExitStack() as stack, _lost_workers(fabric, run):
             _on_rank_zero(fabric, lambda: stack.enter_context(run.owned(resume)))
-            loop = _Loop(fabric, recipe, run, data_root, Progress(progress and fabric.is_global_zero))
+            show = Progress(progress and fabric.is_global_zero)
+            loop = _Loop(fabric, recipe, run, data_root, show, fresh=not (resume and run.begun()))
             finished = loop.open(resume)
             if finished is not None:
                 return finished
@@ -273,7 +277,13 @@ class _Loop:
     """One run in this process: its objects, its position, and how they are saved."""
 
     def __init__(
-        self, fabric: Fabric, recipe: Recipe, run: RunDirectory, data_root: str | Path | None, progress: Progress
+        self,
+        fabric: Fabric,
+        recipe: Recipe,
+        run: RunDirectory,
+        data_root: str | Path | None,
+        progress: Progress,
+        fresh: bool,
     ) -> None:
         self.fabric, self.recipe, self.run, self.progress = fabric, recipe, run, progress
         self.device = fabric.device
@@ -311,7 +321,10 @@ class _Loop:
         self.total_steps = settings.epochs * self.steps_per_epoch
 
         self.module, self.conversion = build_model(recipe)
-        self.macs = _macs(self.module, recipe)
+        # What the weights started from; a checkpoint has weights of its own, and needs no other run.
+        self.started = start_from_run(self.module, recipe) if fresh else None
+        check_sizes(self.module, recipe)
+        self.macs, self.macs_of_all_epochs = _macs(self.module, recipe)
         self.module.to(self.device)
         if settings.channels_last:
             self.module.to(memory_format=torch.channels_last)
@@ -323,7 +336,9 @@ class _Loop:
         self.peak_lr = recipe.optimizer.lr * grown
         self.schedule = _estimator_schedule(self.module, self.total_steps)
         self.averaged = _averaged(self.module, recipe)
-        self.model, self.optimizer = fabric.setup(_compiled(self.module, recipe, self.device), self.raw_optimizer)
+        self.model, self.optimizer = fabric.setup(self._prepared(self.module), self.raw_optimizer)
+        self.teacher: Teacher | None = None
+        self.taught: dict[str, Any] | None = None  # by whom, up to the checkpoint
         torch.manual_seed(settings.seed + fabric.global_rank)  # dropout and the like differ between ranks
 
         self.epoch = 0
@@ -346,6 +361,9 @@ class _Loop:
         self.diagnostics: Any = None
         self.diagnostics_file: Any = None
 
+    def _prepared(self, module: nn.Module) -> nn.Module:
+        return _compiled(module, self.recipe, self.device)
+
     @property
     def step(self) -> int:
         """Optimizer steps done."""
@@ -366,6 +384,12 @@ class _Loop:
             if finished is not None:
                 self.progress.line(f"{self.run.path} is already finished")
                 return finished
+        if self.recipe.distill is not None:
+            random = random_state(self.device)
+            self.teacher = Teacher(self.recipe, self.device, self.fabric.autocast, self._prepared)
+            set_random_state(random, self.device)  # a network that is built draws its first weights
+            if self.taught is not None:
+                self.teacher.check(self.run.checkpoint, self.taught)
         _on_rank_zero(self.fabric, lambda: self._open_files(resume))
         if self.fabric.is_global_zero:  # of its share of the batch; the weights are the same everywhere
             self.diagnostics = self._diagnostics()
@@ -374,7 +398,8 @@ class _Loop:
     def _open_files(self, resume: bool) -> None:
         run = self.run
         write_atomic(run.recipe, self.recipe.to_toml().encode())  # first: it makes the directory a run
-        write_atomic(run.conversion, f"{self.conversion}\n".encode())
+        report = str(self.conversion) if self.started is None else f"{self.conversion}\n{self.started['report']}"
+        write_atomic(run.conversion, f"{report}\n".encode())
         try:
             self.metrics_file = _open_lines(run.metrics, self.metrics_bytes)
             if self.recipe.diagnostics is not None or run.diagnostics.exists():
@@ -442,6 +467,7 @@ class _Loop:
         self.diagnostics_bytes, self.diagnostics_state = state.get("diagnostics_bytes", 0), state.get("diagnostics")
         self.window_images, self.epoch_sums = state["window_images"], list(state["epoch_sums"])
         self.last_training, self.last_evaluation = state["last_training"], state["last_evaluation"]
+        self.started, self.taught = state.get("started"), state.get("teacher")
         self.saved_step = self.step
         rank = self.fabric.global_rank
         if rank < processes:  # else there are more now than there were
@@ -463,12 +489,16 @@ class _Loop:
             f"{recipe.train.epochs} epochs of {self.steps_per_epoch} steps, on {self.device}"
             + (f", from step {self.step}" if self.step else "")
         )
+        if self.started is not None and self.saved_step is None:
+            self.progress.line(self.started["report"])
         self.deadline = deadline
         self.last_step = _NEVER if max_steps is None else self.step + max_steps
         self.clock = self.saved = self.shown = time.monotonic()
         self.timed_steps, self.timed_seconds, self.latest = 0, 0.0, ""
         try:
             with self.signals.caught():
+                if self.started is not None and self.saved_step is None:
+                    self._save()  # from here on the run needs no other
                 while self.epoch < recipe.train.epochs:
                     reason = self._train_epoch()
                     if reason != _RUNNING:
@@ -534,14 +564,15 @@ class _Loop:
         factor = lr_factor(recipe.schedule, step, self.total_steps)
         for group in self.raw_optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
+        shown = image_size(recipe, self.epoch)
         parts = recipe.train.accumulate or 1
         size = len(labels) // parts
         loss, correct = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         for number, (some, their) in enumerate(zip(images.split(size), labels.split(size), strict=True), start=1):
             wait = number < parts and self.fabric.world_size > 1  # gradients are exchanged once
             with self.fabric.no_backward_sync(cast(Any, self.model), enabled=wait):
-                logits = self.model(some)
-                part = F.cross_entropy(logits, their, label_smoothing=recipe.train.label_smoothing) / parts
+                logits = self.model(resized(some, shown))
+                part = self._loss(logits, some, their) / parts
                 self.fabric.backward(part)
             with torch.no_grad():
                 loss += part.detach()
@@ -563,6 +594,12 @@ class _Loop:
             if step + 1 == self.total_steps or (step >= begin and (step + 1) % recipe.average.every == 0):
                 self.averaged.update_parameters(self.module)
         self.done += 1
+
+    def _loss(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        smoothing = self.recipe.train.label_smoothing
+        if self.teacher is None or self.recipe.distill is None:
+            return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        return distillation_loss(logits, self.teacher(images), labels, self.recipe.distill, smoothing)
 
     def _check_finite(self, weights: bool = False) -> None:
         """Raise if any loss since the start was not finite, or with ``weights`` any weight now is not."""
@@ -718,6 +755,8 @@ class _Loop:
             "epoch_sums": self.epoch_sums,
             "last_training": self.last_training,
             "last_evaluation": self.last_evaluation,
+            "started": self.started,
+            "teacher": None if self.teacher is None else self.teacher.record,
         }
         save_checkpoint(self.run.checkpoint, state)
 
@@ -757,6 +796,10 @@ class _Loop:
                 self.split: {**averaged, "epoch": recipe.train.epochs, "precision": "float32"},
                 "batch_norm": f"recalibrated on the {len(self.train_images)} training images",
             }
+        if self.started is not None:
+            summary["init"] = self.started
+        if self.teacher is not None:
+            summary["teacher"] = self.teacher.record
         summary |= {
             "train": self.last_training,
             "cost": {
@@ -767,8 +810,7 @@ class _Loop:
                 "steps": self.total_steps,
                 "samples": samples,
                 "forward_macs": self.macs,
-                "estimated_training_flops": None if self.macs is None else 6 * self.macs * samples,
-                "flops_rule": "6 x MACs of one forward pass x samples seen",
+                **self._flops(),
                 "parameters": sum(p.numel() for p in self.module.parameters()),
                 "processes": self.fabric.world_size,
             },
@@ -781,6 +823,15 @@ class _Loop:
         write_json(run.summary, summary)
         return summary
 
+    def _flops(self) -> dict[str, Any]:
+        epochs, rule, macs = self.recipe.train.epochs, "6 x MACs of one forward pass", 6 * self.macs_of_all_epochs
+        if self.recipe.train.image_sizes is not None:
+            rule += " at the size of the epoch"
+        if self.teacher is not None:
+            rule, macs = f"({rule} + 2 x those of the teacher)", macs + 2 * self.teacher.macs * epochs
+        samples_per_epoch = self.steps_per_epoch * self.batch_size
+        return {"estimated_training_flops": macs * samples_per_epoch, "flops_rule": f"{rule} x samples seen"}
+
 
 def _open_lines(path: Path, size: int) -> Any:
     """A file of lines to append to, without those after the last checkpoint, which will come again."""
@@ -792,9 +843,7 @@ def _open_lines(path: Path, size: int) -> Any:
 
 def _write_weights(path: Path, module: nn.Module, recipe: Recipe) -> str:
     """Write a state dict as safetensors and give the file's SHA-256."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-    # One key of metadata: the order of several is random, and equal weights should make equal files.
-    data = save_safetensors(tensors, metadata={"recipe": recipe.name})
+    data = weights_file(module.state_dict(), recipe)
     write_atomic(path, data)
     return hashlib.sha256(data).hexdigest()
 
@@ -805,7 +854,8 @@ def _compiled(module: nn.Module, recipe: Recipe, device: torch.device) -> nn.Mod
     compilers = filter(None, (os.environ.get("CXX"), "g++", "clang++"))
     if device.type == "cpu" and not any(shutil.which(compiler) for compiler in compilers):
         raise ConfigError("train.compile needs a C++ compiler on a CPU: install g++, or --set train.compile=false.")
-    return torch.compile(module)  # type: ignore[return-value]
+    # Each size of images has code of its own: what is compiled must not depend on the sizes this process saw before.
+    return torch.compile(module, dynamic=False)  # type: ignore[return-value]
 
 
 def _optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -859,8 +909,11 @@ def _averaged(module: nn.Module, recipe: Recipe) -> AveragedModel | None:
     return AveragedModel(module, multi_avg_fn=function)  # buffers follow the model; n_averaged stays on the CPU
 
 
-def _macs(module: nn.Module, recipe: Recipe) -> int | None:
-    """Multiply-accumulates of one forward pass of one image."""
+def _macs(module: nn.Module, recipe: Recipe) -> tuple[int, int]:
+    """Multiply-accumulates of one forward pass of one image: at full size, and over all epochs at the size of each."""
     from abste.nn import summary
 
-    return int(summary(module, (1, *recipe.data.image_shape)).total_macs)
+    channels, *full = recipe.data.image_shape
+    sizes = image_sizes(recipe)
+    macs = {size: int(summary(module, (1, channels, *size)).total_macs) for size in {tuple(full), *sizes}}
+    return macs[tuple(full)], sum(macs[size] * epochs for size, epochs in sizes.items())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -20,6 +21,9 @@ from pydantic.functional_validators import AfterValidator, BeforeValidator
 from pydantic_core import PydanticCustomError
 
 from abste.errors import ConfigError, nearest
+
+MOST_SIZES = 8
+"""Of ``train.image_sizes``: with more, torch.compile would stop compiling for each."""
 
 
 def _check_spec(value: Any) -> Any:
@@ -38,6 +42,32 @@ def _check_transform(value: Any) -> Any:
 
 def _none_is_a_word(value: Any) -> Any:
     return "none" if value is None else value  # as --set gives it
+
+
+def _check_image_sizes(value: Any) -> Any:
+    """Pairs [part of the run, pixels], both rising, the first from 0 on."""
+    if value is None:
+        return value
+
+    def number(x: Any, *kinds: type) -> bool:
+        return isinstance(x, kinds) and not isinstance(x, bool)
+
+    pairs = isinstance(value, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and number(pair[0], int, float) and number(pair[1], int)
+        for pair in value
+    )
+    if not pairs or not 2 <= len(value) <= MOST_SIZES:
+        raise PydanticCustomError(
+            "rule",
+            f"must be a list of 2 to {MOST_SIZES} pairs [part of the run after which a size begins, pixels], such as "
+            "[[0, 16], [0.5, 32]]",
+        )
+    begins, pixels = zip(*value, strict=True)
+    if begins[0] != 0 or not all(a < b < 1 for a, b in pairwise(begins)):
+        raise PydanticCustomError("rule", f"must begin at 0 and go on at rising parts below 1, not {list(begins)}")
+    if pixels[0] < 1 or not all(a < b for a, b in pairwise(pixels)):
+        raise PydanticCustomError("rule", f"must have sizes that rise, from at least 1 pixel on, not {list(pixels)}")
+    return value
 
 
 Spec = Annotated[Any, AfterValidator(_check_spec)]
@@ -261,6 +291,22 @@ class TrainSection(Section):
     scaling rule, Goyal et al., arXiv 1706.02677). By default both are of the whole run, whatever its processes."""
     sync_batch_norm: bool | None = None
     """Batch norm over the batch of all processes; needs GPUs. Untested, for want of one."""
+    image_sizes: Annotated[Any, AfterValidator(_check_image_sizes)] = None
+    """Progressive size of the training images: pairs ``[part of the run, pixels]``, as in ``[[0, 16], [0.5, 32]]``. An
+    epoch has the height of the last pair whose part of the epochs is done (and its width in proportion); augmentation
+    comes first, at full size. Sizes rise to the full one; evaluation always has that."""
+
+    @model_validator(mode="after")
+    def _full_size_comes(self) -> TrainSection:
+        if self.image_sizes is not None:
+            begin = self.image_sizes[-1][0]
+            if begin > (self.epochs - 1) / self.epochs:
+                raise PydanticCustomError(
+                    "rule",
+                    f"has image_sizes whose last size would begin at {begin:g} of {self.epochs} epochs, after the last "
+                    f"epoch has begun; let it begin by {(self.epochs - 1) / self.epochs:.3g}",
+                )
+        return self
 
 
 class AverageSection(Section):
@@ -273,6 +319,20 @@ class AverageSection(Section):
     """Part of the run after which averaging begins."""
     every: Annotated[int, Field(gt=0)] = 1
     """Optimizer steps between updates."""
+
+
+class DistillSection(Section):
+    """Learning from a teacher: the loss is (1 - alpha) CE + alpha T^2 KL(teacher || student), T being the temperature.
+
+    KL is that of the softmax of the logits over T, summed over classes and averaged over the batch; label smoothing is
+    part of CE alone.
+    """
+
+    teacher: str
+    """Directory of the teacher's run, on the same data; ``averaged.safetensors`` in it for the averaged weights."""
+    alpha: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """1 learns from the teacher alone, as ReActNet (arXiv 2003.03488) does."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
 
 
 class DiagnosticsSection(Section):
@@ -293,6 +353,8 @@ class Recipe(Section):
     name: str = "unnamed"
     description: str = ""
     notes: str | None = None
+    init: str | None = None
+    """Directory of a run whose weights this one starts from; ``averaged.safetensors`` in it for the averaged ones."""
     data: DataSection = Field(default_factory=DataSection)
     model: ModelSection = Field(default_factory=ModelSection)
     binarize: BinarizeSection | None = None
@@ -300,12 +362,24 @@ class Recipe(Section):
     schedule: ScheduleSection = Field(default_factory=ScheduleSection)
     train: TrainSection = Field(default_factory=TrainSection)
     average: AverageSection | None = None
+    distill: DistillSection | None = None
     diagnostics: DiagnosticsSection | None = None
 
     @model_validator(mode="after")
     def _rates_can_grow(self) -> Recipe:
         if self.train.scale and self.optimizer.name == "bop":
             raise PydanticCustomError("rule", "scales learning rates (train.scale), but bop has none for its weights")
+        return self
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Recipe:
+        full = self.data.image_shape[1]
+        if self.train.image_sizes is not None and self.train.image_sizes[-1][1] != full:
+            raise PydanticCustomError(
+                "rule",
+                f"'train.image_sizes' must end with {full} pixels, the full height of the images, not with "
+                f"{self.train.image_sizes[-1][1]}",
+            )
         return self
 
     def to_dict(self) -> dict[str, Any]:
@@ -416,7 +490,7 @@ def _problem(error: Mapping[str, Any], known: list[str]) -> str:
     if kind == "missing":
         return f"'{key}' is missing."
     if kind == "rule":
-        return f"'{key}' {error['msg']}."
+        return f"'{key}' {error['msg']}." if key else f"{error['msg']}."
     bounds = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le"}
     words = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
     if kind in bounds:

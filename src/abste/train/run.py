@@ -13,17 +13,18 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 import abste.models
 from abste.data import Batches, ImageData, hold_out, load
-from abste.errors import CheckpointError, DataError, RunError
+from abste.errors import AbsteError, CheckpointError, ConfigError, DataError, RunError
 from abste.nn import ConversionReport, convert, recalibrate_batch_norm
 from abste.train.checkpoint import check_state, load_checkpoint
 from abste.train.files import remove_leftovers
@@ -52,6 +53,10 @@ class RunDirectory:
     def exists(self) -> bool:
         """Whether a run was ever started here."""
         return self.recipe.is_file()
+
+    def begun(self) -> bool:
+        """Whether there is something to continue: a checkpoint, or results."""
+        return self.checkpoint.exists() or self.summary.exists()
 
     @contextlib.contextmanager
     def owned(self, resume: bool) -> Iterator[None]:
@@ -110,7 +115,9 @@ class RunDirectory:
         try:
             tables = tomllib.loads(self.recipe.read_text(encoding="utf-8"))
         except OSError as error:
-            raise RunError(f"{self.path} holds no run of abste: {self.recipe.name} {_reason(error)}.") from error
+            raise RunError(
+                f"{self.path} holds no run of abste: {self.recipe.name} {_reason(error)}; give the directory of a run."
+            ) from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise RunError(f"{self.recipe} is damaged: {error}.") from error
         return make_recipe(tables, str(self.recipe))
@@ -196,6 +203,39 @@ def as_result(totals: Tensor) -> dict[str, Any]:
     return {"accuracy": correct / images, "loss": loss / images, "images": int(images)}
 
 
+class Trained(NamedTuple):
+    """The network of a run and where it came from."""
+
+    model: nn.Module
+    """Built as its recipe says, weights loaded, in eval mode, on the CPU."""
+    recipe: Recipe
+    file: Path
+    """What was read: the weights of a finished run, the averaged weights, or the last checkpoint."""
+    sha256: str
+    """Of the weights as safetensors, which is what summary.json of the finished run says."""
+
+
+def open_run(path: str | Path, averaged: bool = False) -> Trained:
+    """See :func:`load_run`, which gives the network alone."""
+    run = RunDirectory(path)
+    recipe = run.read_recipe()
+    if averaged and recipe.average is None:
+        raise RunError(f"run {run.path} has no averaged weights: its recipe has no section [average].")
+    model, _ = build_model(recipe)
+    source = run.averaged_weights if averaged else run.weights
+    if source.exists():
+        state, digest = _read_weights(source, run.read_summary())
+    elif run.checkpoint.exists() and not averaged:
+        source = run.checkpoint
+        state = load_checkpoint(source)["model"]
+        digest = hashlib.sha256(weights_file(state, recipe)).hexdigest()
+    else:
+        raise RunError(f"run {run.path} has no {source.name} yet; continue it with `abste train ... --resume`.")
+    check_state(source, state, model.state_dict())
+    model.load_state_dict(state)
+    return Trained(model.eval(), recipe, source, digest)
+
+
 def load_run(path: str | Path, averaged: bool = False) -> nn.Module:
     """The trained network of a run: built as its recipe says, weights loaded, in eval mode, on the CPU.
 
@@ -207,25 +247,39 @@ def load_run(path: str | Path, averaged: bool = False) -> nn.Module:
         RunError: there is no run, or it has no weights yet.
         CheckpointError: the weights are damaged or of another model.
     """
-    run = RunDirectory(path)
-    recipe = run.read_recipe()
-    if averaged and recipe.average is None:
-        raise RunError(f"run {run.path} has no averaged weights: its recipe has no section [average].")
-    model, _ = build_model(recipe)
-    source = run.averaged_weights if averaged else run.weights
-    if source.exists():
-        state = _read_weights(source, run.read_summary())
-    elif run.checkpoint.exists() and not averaged:
-        source = run.checkpoint
-        state = load_checkpoint(source)["model"]
-    else:
-        raise RunError(f"run {run.path} has no {source.name} yet; continue it with `abste train ... --resume`.")
-    check_state(source, state, model.state_dict())
-    model.load_state_dict(state)
-    return model.eval()
+    return open_run(path, averaged).model
 
 
-def _read_weights(path: Path, summary: Mapping[str, Any] | None) -> dict[str, Tensor]:
+def open_source(key: str, source: str, recipe: Recipe) -> Trained:
+    """The run that a key of a recipe names: its directory, or ``averaged.safetensors`` in it.
+
+    Raises:
+        RunError, CheckpointError: see :func:`load_run`; the message names key and source.
+        ConfigError: the run was trained on images that ``recipe`` holds out.
+    """
+    path = Path(source)
+    averaged = path.name == RunDirectory(path).averaged_weights.name
+    try:
+        found = open_run(path.parent if averaged else path, averaged)
+    except AbsteError as error:
+        raise type(error)(f"{key} = '{source}': {error}") from None
+    data = found.recipe.data
+    if recipe.data.holdout and data.name == recipe.data.name and data.holdout != recipe.data.holdout:
+        raise ConfigError(
+            f"{key} = '{source}': that run was trained with data.holdout = {data.holdout}, and so may have seen "
+            f"images that data.holdout = {recipe.data.holdout} holds out; use the same for both."
+        )
+    return found
+
+
+def weights_file(state: Mapping[str, Tensor], recipe: Recipe) -> bytes:
+    """A state dict as the safetensors file of a run."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    # One key of metadata: the order of several is random, and equal weights should make equal files.
+    return save_safetensors(tensors, metadata={"recipe": recipe.name})
+
+
+def _read_weights(path: Path, summary: Mapping[str, Any] | None) -> tuple[dict[str, Tensor], str]:
     try:
         data = path.read_bytes()
         state: dict[str, Tensor] = load_safetensors(data)
@@ -233,10 +287,11 @@ def _read_weights(path: Path, summary: Mapping[str, Any] | None) -> dict[str, Te
         raise CheckpointError(f"weights {path} cannot be read: {error.strerror or error}.") from error
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"weights {path} are truncated or damaged: {error}.") from error
+    digest = hashlib.sha256(data).hexdigest()
     expected = (summary or {}).get("sha256", {}).get(path.name)
-    if expected is not None and hashlib.sha256(data).hexdigest() != expected:
+    if expected is not None and digest != expected:
         raise CheckpointError(f"weights {path} are not those of this run's summary.json (their checksums differ).")
-    return state
+    return state, digest
 
 
 def evaluate(
