@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -114,12 +115,12 @@ def convert(
     The layers stay the same objects with the same parameters, so an optimizer that has these, hooks, and references
     from elsewhere go on working.
 
-    A forward with ``example_input``, in evaluation mode, finds the order of execution and the traps; it changes
-    nothing in the model. Kept float are the first and the last layer by execution order; 1x1 projection shortcuts,
-    which are 1x1 convolutions whose output is added to a longer path from the same input; depthwise convolutions, whose
-    filters read one channel each and have few weights, and little weight in the file; what ``keep_float`` names; and layers that can not be swapped safely: subclasses, which may have a forward of their own, parametrised or
-    shared weights, layers whose weight is read without calling them (as in torch.nn.MultiheadAttention), and layers
-    that the forward does not reach.
+    A forward with ``example_input``, in evaluation mode, finds the order of execution and the traps; it changes nothing
+    in the model. Kept float are the first and the last layer by execution order; 1x1 projection shortcuts, which are
+    1x1 convolutions whose output is added to a longer path from the same input; depthwise convolutions, whose filters
+    read one channel each: a few weights, hardly any of the file; what ``keep_float`` names; and layers that can not be
+    swapped safely: subclasses, which may have a forward of their own, parametrised or shared weights, layers whose
+    weight is read without calling them (as in torch.nn.MultiheadAttention), and layers that the forward does not reach.
 
     Shifts and activations (:class:`~abste.nn.RSign`, :class:`~abste.nn.RPReLU`) are not put in: where they belong is
     for the network to say. Write them into it; the conversion leaves them alone.
@@ -202,9 +203,8 @@ def convert(
                 reason = "1x1 projection shortcut"
             elif any(kept_by_user(each, module) for each in (name, *others)):
                 reason = "named by keep_float"
-            elif keep_depthwise and _is_depthwise(module):
-                count = _size(module) // module.out_channels
-                reason = f"depthwise convolution: {count} weights for a channel, little to gain and much to lose"
+            elif keep_depthwise and (taps := _depthwise_taps(module)):
+                reason = f"depthwise convolution: {taps} weights for a channel, little to gain and much to lose"
             elif activations is not None and not trace.signed:
                 unsigned.append(module)
                 if unsigned_inputs == "keep_float" or (unsigned_inputs == "weights_only" and weights is None):
@@ -290,8 +290,11 @@ def _matrices(module: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in own if p is not None and sum(size > 1 for size in p.shape) >= 2}
 
 
-def _is_depthwise(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv1d | nn.Conv2d) and 1 < module.groups == module.in_channels
+def _depthwise_taps(module: nn.Module) -> int:
+    """Weights of each filter of a depthwise convolution; 0 for another layer."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d) and 1 < module.groups == module.in_channels:
+        return math.prod(module.kernel_size)
+    return 0
 
 
 def _size(module: nn.Module) -> int:
