@@ -15,6 +15,7 @@ typedef struct {
 } run_of_taps;
 
 #define MOST_RUNS 64u
+#define MOST_OUTSIDE 64u /* words of a pixel of the border, where that counts: 2048 channels */
 #define MOST_PIXELS 7u /* that any of the kernels takes at once */
 
 /* Where sums go: through thresholds to bits, if there are any; through the steps of `job`, if there is one; or to `sums`. */
@@ -79,6 +80,9 @@ static inline void xnor_row(const abste_job *job, uint32_t y, uint32_t o, uint32
     const size_t step = (size_t)node->stride[1] * words;
     _Alignas(64) abste_sums sums[WAITING];
     uint32_t waiting = 0; /* sums of the pixels before x, which have not been through the steps */
+    uint32_t outside[MOST_OUTSIDE]; /* the bits of a pixel of the border */
+    for (uint32_t k = 0; node->pad_value && k < words && k < MOST_OUTSIDE; ++k)
+        outside[k] = node->pad_value < 0 ? 0 : k < job->C / 32 ? 0xFFFFFFFFu : (1u << job->C % 32) - 1;
     destination to = {.words = words_of(job->c)};
     const int32_t *pairs = NULL;
     if (node->step_count && step_at(job->model, node->first_step)->kind == STEP_THRESHOLD && !job->arguments->trace_count)
@@ -89,26 +93,28 @@ static inline void xnor_row(const abste_job *job, uint32_t y, uint32_t o, uint32
     for (uint32_t x = 0; x < job->w;) {
         const int64_t column = (int64_t)x * node->stride[1] - node->padding[1];
         const abste_range js = taps_inside(column, kw, node->dilation[1], job->W);
-        const uint32_t pixels = pixels_alike(job, column, js, job->w - x);
-        if (node->pad_value && (is.first || is.last < kh || js.first || js.last < kw)) {
-            for (uint32_t p = 0; p < pixels; ++p, ++x) { /* taps outside count here */
-                job->kernel(job, y, x, o, n, &sums[waiting]);
-                waiting = sent(job, y, x + 1, waiting + 1, direct ? 1 : WAITING, o, n, sums);
-            }
+        const int border = node->pad_value && (is.first || is.last < kh || js.first || js.last < kw);
+        if (border && words > MOST_OUTSIDE) {
+            job->kernel(job, y, x, o, n, &sums[waiting]);
+            waiting = sent(job, y, ++x, waiting + 1, direct ? 1 : WAITING, o, n, sums);
             continue;
         }
         run_of_taps runs[MOST_RUNS];
         uint32_t count = 0;
-        const uint32_t together = node->dilation[1] == 1 ? js.last - js.first : 1; /* taps of a row that follow each other */
-        for (uint32_t i = is.first; i < is.last; ++i)
-            for (uint32_t j = js.first; j < js.last; j += together) {
+        /* Where the border counts, every tap by itself; else those inside, of which those of a row may follow each other. */
+        const uint32_t pixels = border ? 1 : pixels_alike(job, column, js, job->w - x);
+        const abste_range down = border ? (abste_range){0, kh} : is, across = border ? (abste_range){0, kw} : js;
+        const uint32_t together = node->dilation[1] == 1 && !border ? js.last - js.first : 1;
+        for (uint32_t i = down.first; i < down.last; ++i)
+            for (uint32_t j = across.first; j < across.last; j += together) {
                 const size_t r = (size_t)(row + (int64_t)i * node->dilation[0]);
                 const size_t s = (size_t)(column + (int64_t)j * node->dilation[1]);
-                runs[count].in = job->bits + (r * job->W + s) * words;
+                const int inside = i >= is.first && i < is.last && j >= js.first && j < js.last;
+                runs[count].in = inside ? job->bits + (r * job->W + s) * words : outside;
                 runs[count].weight = weights + ((size_t)i * kw + j) * words * BLOCK;
                 runs[count++].words = together * words;
             }
-        const int32_t taps = (int32_t)((is.last - is.first) * (js.last - js.first) * job->C);
+        const int32_t taps = (int32_t)((down.last - down.first) * (across.last - across.first) * job->C);
         for (const uint32_t end = x + pixels; x < end;) {
             const uint32_t room = most - waiting % most, some = end - x < room ? end - x : room;
             to.sums = sums + waiting;
@@ -123,9 +129,9 @@ static inline void xnor_row(const abste_job *job, uint32_t y, uint32_t o, uint32
                     to.bits = job->out_bits + ((size_t)y * job->w + x) * to.words + (o + first) / 32;
                 counters[some](runs, count, step, taps, &to);
             }
-            for (uint32_t r = 0; r < count; ++r)
-                runs[r].in += some * step;
             x += some;
+            for (uint32_t r = 0; x < end && r < count; ++r)
+                runs[r].in += some * step;
             if (!direct)
                 waiting = sent(job, y, x, waiting + some, WAITING, o, n, sums);
         }

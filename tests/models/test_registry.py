@@ -12,11 +12,9 @@ def test_available_names_are_public_builders() -> None:
         names
         == sorted(names)
         == [
-            *(
-                f"{name}{order}"
-                for name in ("imagenet_resnet18", "resnet18", "resnet20", "resnet8")
-                for order in ("", "_bireal")
-            ),
+            *(f"imagenet_resnet{depth}{order}" for depth in (18, 34) for order in ("", "_bireal")),
+            *("quicknet", "quicknet_large", "quicknet_small", "react_resnet18", "reactnet_a"),
+            *(f"resnet{depth}{order}" for depth in (18, 20, 8) for order in ("", "_bireal")),
             "vgg_small",
         ]
     )

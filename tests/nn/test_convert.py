@@ -264,7 +264,7 @@ def cases_of_float() -> dict[str, tuple[nn.Module, dict[str, str]]]:
         ),
         "lstm": (
             Lambda(lambda s, x: s.rnn(x.flatten(2).transpose(1, 2))[0].mT.unsqueeze(-1), rnn=nn.LSTM(8, 8)),
-            {"middle.rnn": "no binary counterpart of LSTM"},
+            {"middle.rnn": "weight_ih_l0, weight_hh_l0: of no Conv or Linear layer, but of the LSTM itself"},
         ),
         "unused": (
             Lambda(lambda s, x: s.a(x), **convs),
@@ -333,6 +333,42 @@ def test_embedding_tied_to_the_last_layer() -> None:
     assert report.kept_float["out"] == "its weight is shared with embed"
     assert model.out.weight is model.embed.weight
     trains(model, torch.randint(0, 11, (2, 5)))
+
+
+def test_depthwise_convolutions_stay_float_unless_asked() -> None:
+    def model() -> nn.Module:
+        return Middle(
+            nn.Sequential(
+                nn.Conv2d(8, 8, 3, padding=1, groups=8),
+                nn.Conv2d(8, 16, 3, padding=1, groups=8),  # two filters for each channel
+                nn.Conv2d(16, 8, 3, padding=1, groups=4),  # grouped: filters of four channels
+                nn.Flatten(2),
+                nn.Conv1d(8, 8, 5, groups=8),
+                nn.Unflatten(2, (6, 10)),
+            )
+        )
+
+    report = binarize(model())
+    assert report.binarized == ["middle.2"]
+    why = "depthwise convolution: {} weights for a channel, little to gain and much to lose"
+    assert {name: report.kept_float[f"middle.{name}"] for name in (0, 1, 4)} == {
+        0: why.format(9),
+        1: why.format(9),
+        4: why.format(5),
+    }
+    gray = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 1, 3), nn.Conv2d(1, 8, 3), *head())
+    assert binarize(gray, torch.zeros(2, 1, 9, 9)).binarized == ["1", "2"]  # one channel, but no groups
+    asked = model()
+    assert binarize(asked, keep_depthwise=False).binarized == [f"middle.{number}" for number in (0, 1, 2, 4)]
+    trains(asked, torch.randn(2, 3, 8, 8))
+
+
+def test_the_report_names_what_an_estimator_is_made_from() -> None:
+    control = {"name": "shape_removed", "of": {"name": "shape_removed", "of": "reste"}}
+    report = binarize(nn.Sequential(*stem(), nn.Conv2d(8, 8, 3), *head()), weights=control, activations=ABTanh())
+    assert report.layers[1].reason == "W1 shape_removed of shape_removed of reste, A1 ab_tanh"
+    report = binarize(nn.Sequential(*stem(), nn.Conv2d(8, 8, 3), *head()), weights="shape_removed")
+    assert report.layers[1].reason == "W1 shape_removed of ab_tanh, A32"
 
 
 @pytest.mark.parametrize("batch_first", [True, False])

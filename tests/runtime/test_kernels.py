@@ -127,6 +127,22 @@ def test_no_counter_overflows(isa: str, side: int, c: int) -> None:
     assert (found == np.where(np.arange(40) % 3, np.float32(-side * side * c), np.float32(side * side * c))).all()
 
 
+@pytest.mark.parametrize("pad_value", [-1, 1])
+@pytest.mark.parametrize("c", [2048, 2049, 4100])
+@pytest.mark.parametrize("isa", FASTER)
+def test_a_border_of_bits_for_any_number_of_channels(isa: str, c: int, pad_value: int) -> None:
+    """Of the inside, sums of c; of taps outside, whatever their bits are."""
+    values = [Value((3, 9, c)), Value((3, 9, c), Kind.BITS), Value((3, 9, 40), output=True)]
+    weight = np.ones((40, 3, 3, c), bool)
+    weight[::3] = False
+    nodes = [Node(Op.IDENTITY, (0,), None, 1), Node(Op.XNOR, (1,), 2, None, "conv", weight, (3, 3))]
+    nodes[1].padding, nodes[1].pad_value = (1, 1, 1, 1), pad_value
+    (found,) = outputs(plan(Graph(values, nodes)), np.full((1, 3, 9, c), -pad_value, np.float32), isa)
+    inside = np.outer([2, 3, 2], [2, *[3] * 7, 2])[..., None]
+    wanted = pad_value * c * (9 - 2 * inside) * np.where(np.arange(40) % 3, 1, -1)
+    assert (found == wanted).all()
+
+
 @pytest.mark.parametrize("c", [100, 32_766, 32_767, 32_768, 40_000])
 @pytest.mark.parametrize("isa", FASTER)
 def test_thresholds_of_any_size(isa: str, c: int) -> None:

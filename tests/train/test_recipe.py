@@ -237,16 +237,16 @@ def test_keys_that_are_absent_unless_given() -> None:
 def test_pieces_of_methods() -> None:
     plain = load_recipe(DIGITS).binarize
     assert plain is not None
-    new = {"center", "adaptive_set", "gradient_branch"}
+    new = {"center", "adaptive_set", "gradient_branch", "keep_depthwise"}
     assert not new & plain.model_dump(exclude_none=True).keys()  # so that a run from before there were any resumes
-    assert plain.arguments()["adaptive_set"] is False
+    assert plain.arguments()["adaptive_set"] is False and plain.arguments()["keep_depthwise"] is True
     given = ["standardize=recu", "standardize.tau_end=0.95", "scale=std", "scale_gradient=true", "center=mean"]
-    given += ["activations=approx_sign", "adaptive_set=true", "gradient_branch=0.1"]
+    given += ["activations=approx_sign", "adaptive_set=true", "gradient_branch=0.1", "keep_depthwise=false"]
     recipe = load_recipe(DIGITS, [f"binarize.{each}" for each in given])
     assert make_recipe(tomllib.loads(recipe.to_toml()), "again") == recipe
     assert recipe.binarize is not None
     arguments = recipe.binarize.arguments()
-    assert arguments["standardize"] == {"name": "recu", "tau_end": 0.95}
+    assert arguments["standardize"] == {"name": "recu", "tau_end": 0.95} and arguments["keep_depthwise"] is False
     model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 1))
     convert(model, **arguments, example_input=torch.zeros(1, 1, 8, 8))
     assert isinstance(model[1], GradientBranch) and isinstance(model[1].layer, AdaptiveSet)

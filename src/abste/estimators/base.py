@@ -194,6 +194,11 @@ class Binarizer(nn.Module, ABC):
         return cast(Tensor, _Binarize.apply(x, self, *self.taps()))
 
     @property
+    def title(self) -> str:
+        """What reports call it: its name, and that of an estimator that it is made from."""
+        return getattr(self, "name", type(self).__name__)  # one that is not registered has no name
+
+    @property
     def is_sign(self) -> bool:
         """Whether the binary value is sign(x) in training, too."""
         return self.plain_bits and not self.stochastic

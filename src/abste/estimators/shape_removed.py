@@ -57,6 +57,10 @@ class ShapeRemoved(Estimator):
         self.of.set_role(role)
         self._follow()
 
+    @property
+    def title(self) -> str:
+        return f"{self.name} of {self.of.title}"
+
     def binarize(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return self.of.binarize(x, dtype)
 

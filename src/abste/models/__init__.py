@@ -1,7 +1,7 @@
 """The networks of the papers, in full precision: `abste.convert` binarises them.
 
->>> available()[:4]
-['imagenet_resnet18', 'imagenet_resnet18_bireal', 'resnet18', 'resnet18_bireal']
+>>> available()[:3]
+['imagenet_resnet18', 'imagenet_resnet18_bireal', 'imagenet_resnet34']
 """
 
 from __future__ import annotations
@@ -12,12 +12,17 @@ from collections.abc import Callable
 from torch import nn
 
 from abste.errors import ConfigError, nearest
+from abste.models.quicknet import QuickNet, quicknet, quicknet_large, quicknet_small
+from abste.models.reactnet import ReActNet, reactnet_a
 from abste.models.resnet import (
     BiRealNet,
     CifarResNet,
     ImageNetResNet,
     imagenet_resnet18,
     imagenet_resnet18_bireal,
+    imagenet_resnet34,
+    imagenet_resnet34_bireal,
+    react_resnet18,
     resnet8,
     resnet8_bireal,
     resnet18,
@@ -31,11 +36,20 @@ __all__ = [
     "BiRealNet",
     "CifarResNet",
     "ImageNetResNet",
+    "QuickNet",
+    "ReActNet",
     "VGGSmall",
     "available",
     "create",
     "imagenet_resnet18",
     "imagenet_resnet18_bireal",
+    "imagenet_resnet34",
+    "imagenet_resnet34_bireal",
+    "quicknet",
+    "quicknet_large",
+    "quicknet_small",
+    "react_resnet18",
+    "reactnet_a",
     "resnet8",
     "resnet8_bireal",
     "resnet18",
@@ -50,6 +64,13 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
     for builder in (
         imagenet_resnet18,
         imagenet_resnet18_bireal,
+        imagenet_resnet34,
+        imagenet_resnet34_bireal,
+        quicknet,
+        quicknet_large,
+        quicknet_small,
+        react_resnet18,
+        reactnet_a,
         resnet18,
         resnet18_bireal,
         resnet20,

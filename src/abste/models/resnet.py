@@ -6,18 +6,20 @@ of ReSTE's CIFAR networks (Wu et al., arXiv 2308.06689); the depth, widths and p
 those of He et al. (arXiv 1512.03385, section 4.2); a shortcut around every convolution is Bi-Real net's (Liu et al.,
 arXiv 1808.00278). The float network is built in the same order as the binary one, so only binarisation differs.
 
-ResNet-18 has real-valued 1x1 projections instead (option B), as its binary versions do.
+ResNet-18 and ResNet-34 have real-valued 1x1 projections instead (option B), as their binary versions do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from abste.errors import ConfigError, nearest
+from abste.models._arguments import check_count, check_images
+from abste.nn import ChannelShift, RPReLU
 
 Init = Literal["kaiming", "default"]
 
@@ -114,6 +116,26 @@ class BiRealNetBlock(BasicBlock):
         return self.bn2(self.conv2(x)) + x
 
 
+class ReActBlock(BasicBlock):
+    """The block of ReAct-ResNet: a learned shift before each convolution and RPReLU behind each sum, no other ReLU.
+
+    The shift moves the threshold of the sign that a converted convolution takes of its input: together they are RSign.
+    Shapes and arguments as `BasicBlock`. Source: ReActNet (arXiv 2003.03488).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: Shortcut = PadShortcut) -> None:
+        super().__init__(in_channels, out_channels, stride, shortcut)
+        self.shift1 = ChannelShift(in_channels)
+        self.act1 = RPReLU(out_channels)
+        self.shift2 = ChannelShift(out_channels)
+        self.act2 = RPReLU(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Each convolution with its own identity."""
+        x = self.act1(self.bn1(self.conv1(self.shift1(x))) + self.shortcut(x))
+        return self.act2(self.bn2(self.conv2(self.shift2(x))) + x)
+
+
 class CifarResNet(nn.Module):
     """A ResNet for small images: a stem, stages of blocks, pooling, batch norm, a linear classifier.
 
@@ -123,8 +145,9 @@ class CifarResNet(nn.Module):
     Shapes: float (N, in_channels, H, W), any H and W from 1 up, 32x32 for CIFAR -> logits (N, num_classes).
 
     Args:
-        block: `BasicBlock`, `BiRealBlock` or `BiRealNetBlock`.
-        blocks_per_stage: n; the network has 2 n `stages` + 2 layers with weights, shortcuts aside.
+        block: `BasicBlock`, `BiRealBlock`, `BiRealNetBlock` or `ReActBlock`.
+        blocks_per_stage: n, or one number for each stage; the network has twice as many layers with weights as blocks
+            and 2 more, shortcuts aside.
         num_classes: number of logits.
         in_channels: channels of the image.
         width: channels of the stem and the first stage.
@@ -136,14 +159,14 @@ class CifarResNet(nn.Module):
             has the first for ResNet-20 (but torch's bias) and ImageNet, and the second for CIFAR's ResNet-18.
 
     Raises:
-        ConfigError: a count is not a positive integer; an unknown ``init``; in the forward, an input of another shape
-            or dtype.
+        ConfigError: a count is not a positive integer, or there is not one for each stage; an unknown ``init``; in the
+            forward, an input of another shape or dtype.
     """
 
     def __init__(
         self,
         block: type[BasicBlock],
-        blocks_per_stage: int,
+        blocks_per_stage: int | Sequence[int],
         num_classes: int = 10,
         in_channels: int = 3,
         width: int = 16,
@@ -154,16 +177,14 @@ class CifarResNet(nn.Module):
         super().__init__()
         if init not in get_args(Init):
             raise ConfigError(f"unknown init {init!r} of a ResNet: {nearest(init, get_args(Init))}")
-        counts = {
-            "stages": stages,
-            "blocks_per_stage": blocks_per_stage,
-            "num_classes": num_classes,
-            "in_channels": in_channels,
-            "width": width,
-        }
+        counts = {"stages": stages, "num_classes": num_classes, "in_channels": in_channels, "width": width}
         for name, count in counts.items():
-            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-                raise ConfigError(f"{name} of a ResNet must be a positive integer, not {count!r}.")
+            check_count(name, count, "a ResNet")
+        blocks = list(blocks_per_stage) if isinstance(blocks_per_stage, Sequence) else [blocks_per_stage] * stages
+        for count in blocks:
+            check_count("blocks_per_stage", count, "a ResNet")
+        if len(blocks) != stages:
+            raise ConfigError(f"blocks_per_stage of a ResNet must give one number for each of {stages} stages.")
         self.in_channels = in_channels
         self.stages = stages
         self.conv1 = self.stem_convolution(in_channels, width)
@@ -172,7 +193,7 @@ class CifarResNet(nn.Module):
         for number in range(stages):
             stride, out_channels = (2, 2 * channels) if number else (1, channels)
             stage = [block(channels, out_channels, stride, shortcut)]
-            stage += [block(out_channels, out_channels, 1, shortcut) for _ in range(blocks_per_stage - 1)]
+            stage += [block(out_channels, out_channels, 1, shortcut) for _ in range(blocks[number] - 1)]
             self.add_module(f"layer{number + 1}", nn.Sequential(*stage))
             channels = out_channels
         self.pool = nn.AdaptiveAvgPool2d(1)
@@ -199,11 +220,7 @@ class CifarResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images to logits."""
-        if x.ndim != 4 or x.shape[1] != self.in_channels or not x.is_floating_point():
-            raise ConfigError(
-                f"this network takes a floating-point batch of shape (N, {self.in_channels}, H, W), "
-                f"not {x.dtype} of shape {tuple(x.shape)}."
-            )
+        check_images(x, self.in_channels)
         x = self.stem(x)
         for number in range(self.stages):
             x = self.get_submodule(f"layer{number + 1}")(x)
@@ -220,7 +237,7 @@ class ImageNetResNet(CifarResNet):
     def __init__(
         self,
         block: type[BasicBlock],
-        blocks_per_stage: int,
+        blocks_per_stage: int | Sequence[int],
         num_classes: int = 1000,
         in_channels: int = 3,
         width: int = 64,
@@ -238,17 +255,21 @@ class ImageNetResNet(CifarResNet):
 
 
 class BiRealNet(ImageNetResNet):
-    """The order of Bi-Real net: no ReLU anywhere, averaging shortcuts around every convolution, no last batch norm."""
+    """The order of Bi-Real net: no ReLU anywhere, averaging shortcuts around every convolution, no last batch norm.
+
+    `block` is `BiRealNetBlock`, or `ReActBlock` for ReAct-ResNet.
+    """
 
     def __init__(
         self,
-        blocks_per_stage: int,
+        blocks_per_stage: int | Sequence[int],
         num_classes: int = 1000,
         in_channels: int = 3,
         width: int = 64,
+        block: type[BasicBlock] = BiRealNetBlock,
         init: Init = "kaiming",
     ) -> None:
-        super().__init__(BiRealNetBlock, blocks_per_stage, num_classes, in_channels, width, pooled_projection, init)
+        super().__init__(block, blocks_per_stage, num_classes, in_channels, width, pooled_projection, init)
 
     def last_norm(self, channels: int) -> nn.Module:
         return nn.Identity()
@@ -315,13 +336,27 @@ def resnet18_bireal(
 def imagenet_resnet18(
     num_classes: int = 1000, in_channels: int = 3, width: int = 64, init: Init = "kaiming"
 ) -> ImageNetResNet:
-    """ResNet-18 for ImageNet with a shortcut around every two convolutions, in the order of `BasicBlock`.
+    """ResNet-18 for ImageNet in ReSTE's order: convolution, ReLU, batch norm, a shortcut around every convolution.
 
     11,690,536 parameters with the defaults: those of He et al., and a batch norm before the classifier;
     1,814,073,344 multiply-accumulates for one 3x224x224 image, of which the convolutions do 1,813,561,344.
-    Source: He et al. (arXiv 1512.03385), in the order of ReSTE (arXiv 2308.06689).
+    IR-Net's network (arXiv 1909.10788; htqin/IR-Net) differs: batch norm stands right behind the convolution, the
+    activation behind the sum (Hardtanh for W1A1; ReLU around pairs of convolutions for W1A32), and another batch norm
+    behind the classifier.
+    Source: He et al. (arXiv 1512.03385), in the order of ReSTE (arXiv 2308.06689; DravenALG/ReSTE, models_imagenet).
     """
-    return ImageNetResNet(BasicBlock, 2, num_classes, in_channels, width, init=init)
+    return ImageNetResNet(BiRealBlock, 2, num_classes, in_channels, width, init=init)
+
+
+def imagenet_resnet34(
+    num_classes: int = 1000, in_channels: int = 3, width: int = 64, init: Init = "kaiming"
+) -> ImageNetResNet:
+    """ResNet-34 for ImageNet, in the order of `imagenet_resnet18`.
+
+    21,798,696 parameters with the defaults: those of He et al., and a batch norm before the classifier;
+    3,663,761,408 multiply-accumulates for one 3x224x224 image, of which the convolutions do 3,663,249,408.
+    """
+    return ImageNetResNet(BiRealBlock, (3, 4, 6, 3), num_classes, in_channels, width, init=init)
 
 
 def imagenet_resnet18_bireal(
@@ -332,4 +367,25 @@ def imagenet_resnet18_bireal(
     11,689,512 parameters with the defaults; multiply-accumulates as `imagenet_resnet18`.
     Source: Bi-Real net (arXiv 1808.00278).
     """
-    return BiRealNet(2, num_classes, in_channels, width, init)
+    return BiRealNet(2, num_classes, in_channels, width, init=init)
+
+
+def imagenet_resnet34_bireal(
+    num_classes: int = 1000, in_channels: int = 3, width: int = 64, init: Init = "kaiming"
+) -> BiRealNet:
+    """Bi-Real net 34, in the order of `imagenet_resnet18_bireal`.
+
+    21,797,672 parameters with the defaults; multiply-accumulates as `imagenet_resnet34`.
+    Source: Bi-Real net (arXiv 1808.00278).
+    """
+    return BiRealNet((3, 4, 6, 3), num_classes, in_channels, width, init=init)
+
+
+def react_resnet18(num_classes: int = 1000, in_channels: int = 3, width: int = 64, init: Init = "kaiming") -> BiRealNet:
+    """ReAct-ResNet-18: Bi-Real net 18 with learned shifts before its convolutions and RPReLU behind every sum.
+
+    11,704,424 parameters with the defaults; multiply-accumulates as `imagenet_resnet18`.
+    Its authors train it in two steps, with binary activations alone first. For the order see `ReActBlock`.
+    Source: ReActNet (arXiv 2003.03488; liuzechun/ReActNet, resnet).
+    """
+    return BiRealNet(2, num_classes, in_channels, width, ReActBlock, init)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from abste.errors import ConfigError
+from abste.models._arguments import check_count
 
 
 class VGGSmall(nn.Module):
@@ -34,8 +35,7 @@ class VGGSmall(nn.Module):
         super().__init__()
         counts = {"num_classes": num_classes, "in_channels": in_channels, "width": width, "image_size": image_size}
         for name, count in counts.items():
-            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-                raise ConfigError(f"{name} of VGG-Small must be a positive integer, not {count!r}.")
+            check_count(name, count, "VGG-Small")
         if image_size % 8:
             raise ConfigError(f"image_size of VGG-Small must be a multiple of 8, not {image_size}.")
         self.shape = (in_channels, image_size, image_size)

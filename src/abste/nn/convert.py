@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._pytree import tree_leaves
 
 from abste.errors import ConfigError, ConversionError, nearest
-from abste.estimators import Binarizer, Spec
+from abste.estimators import Spec
+from abste.estimators.base import build
 from abste.nn._probe import LayerTrace, first_line, probe
 from abste.nn.branch import GradientBranch
 from abste.nn.latents import LatentSpec
@@ -97,6 +99,7 @@ def convert(
     keep_first: bool = True,
     keep_last: bool = True,
     keep_projections: bool = True,
+    keep_depthwise: bool = True,
     unsigned_inputs: Literal["error", "keep_float", "weights_only", "batch_norm"] = "error",
     standardize: LatentSpec = True,
     normalize: bool = True,
@@ -112,12 +115,12 @@ def convert(
     The layers stay the same objects with the same parameters, so an optimizer that has these, hooks, and references
     from elsewhere go on working.
 
-    A forward with ``example_input``, in evaluation mode, finds the order of execution and the traps; it changes
-    nothing in the model. Kept float are the first and the last layer by execution order; 1x1 projection shortcuts,
-    which are 1x1 convolutions whose output is added to a longer path from the same input; what ``keep_float`` names;
-    and layers that can not be swapped safely: subclasses, which may have a forward of their own, parametrised or
-    shared weights, layers whose weight is read without calling them (as in torch.nn.MultiheadAttention), and layers
-    that the forward does not reach.
+    A forward with ``example_input``, in evaluation mode, finds the order of execution and the traps; it changes nothing
+    in the model. Kept float are the first and the last layer by execution order; 1x1 projection shortcuts, which are
+    1x1 convolutions whose output is added to a longer path from the same input; depthwise convolutions, whose filters
+    read one channel each: a few weights, hardly any of the file; what ``keep_float`` names; and layers that can not be
+    swapped safely: subclasses, which may have a forward of their own, parametrised or shared weights, layers whose
+    weight is read without calling them (as in torch.nn.MultiheadAttention), and layers that the forward does not reach.
 
     Shifts and activations (:class:`~abste.nn.RSign`, :class:`~abste.nn.RPReLU`) are not put in: where they belong is
     for the network to say. Write them into it; the conversion leaves them alone.
@@ -133,6 +136,7 @@ def convert(
         keep_first: leave the first layer float.
         keep_last: leave the last layer float.
         keep_projections: leave 1x1 projection shortcuts float.
+        keep_depthwise: leave depthwise convolutions float.
         unsigned_inputs: what to do with layers whose input is never negative, as after a ReLU, when activations are
             binarised: the sign would be a constant +1. ``"error"`` refuses; ``"keep_float"`` leaves those layers
             float; ``"weights_only"`` binarises only their weights; ``"batch_norm"`` puts a batch norm before them, so
@@ -183,6 +187,7 @@ def convert(
         for parameter in module.parameters(recurse=False):
             holders.setdefault(parameter, []).append(name or "(model)")
 
+    as_asked, weights_only = _describe(weights, activations), _describe(weights, None)
     kept: dict[nn.Module, str] = {}
     plans: dict[nn.Module, tuple[Spec, str]] = {}  # binarizer of the input, and what the report says
     unsigned: list[nn.Module] = []
@@ -198,6 +203,8 @@ def convert(
                 reason = "1x1 projection shortcut"
             elif any(kept_by_user(each, module) for each in (name, *others)):
                 reason = "named by keep_float"
+            elif keep_depthwise and (taps := _depthwise_taps(module)):
+                reason = f"depthwise convolution: {taps} weights for a channel, little to gain and much to lose"
             elif activations is not None and not trace.signed:
                 unsigned.append(module)
                 if unsigned_inputs == "keep_float" or (unsigned_inputs == "weights_only" and weights is None):
@@ -205,11 +212,11 @@ def convert(
         if reason is not None:
             kept[module] = reason
         elif module not in unsigned:
-            plans[module] = activations, _describe(weights, activations)
+            plans[module] = activations, as_asked
         elif unsigned_inputs == "weights_only":
-            plans[module] = None, f"{_describe(weights, None)}; {_NEVER_NEGATIVE}, so activations stay float"
+            plans[module] = None, f"{weights_only}; {_NEVER_NEGATIVE}, so activations stay float"
         elif unsigned_inputs == "batch_norm":
-            plans[module] = activations, f"{_describe(weights, activations)}; after a new batch norm"
+            plans[module] = activations, f"{as_asked}; after a new batch norm"
     if unsigned and unsigned_inputs == "error":
         raise ConversionError(
             f"the input of {_some([names[m][0] for m in unsigned])} is never negative (after a ReLU, say), so its sign "
@@ -275,17 +282,25 @@ def _check(
             )
 
 
-def _matrices(module: nn.Module) -> list[Tensor]:
+def _matrices(module: nn.Module) -> dict[str, Tensor]:
     """The parameters of its own that are weights rather than biases, norms or other vectors."""
     if isinstance(module, ParametrizationList | GradientBranch):
-        return []  # counted with the layer it belongs to, or not at all
-    return [p for p in module._parameters.values() if p is not None and sum(size > 1 for size in p.shape) >= 2]
+        return {}  # counted with the layer it belongs to, or not at all
+    own = module._parameters.items()
+    return {name: p for name, p in own if p is not None and sum(size > 1 for size in p.shape) >= 2}
+
+
+def _depthwise_taps(module: nn.Module) -> int:
+    """Weights of each filter of a depthwise convolution; 0 for another layer."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d) and 1 < module.groups == module.in_channels:
+        return math.prod(module.kernel_size)
+    return 0
 
 
 def _size(module: nn.Module) -> int:
     if isinstance(module, _LAYERS):
         return int(module.weight.numel())
-    return sum(p.numel() for p in _matrices(module))
+    return sum(p.numel() for p in _matrices(module).values())
 
 
 def _filter(keep_float: Any, names: list[str]) -> Callable[[str, nn.Module], bool]:
@@ -328,6 +343,9 @@ def _reason_to_keep(
     if isinstance(module, BINARY_LAYERS):
         return "binary already"
     if trace is None:
+        others = [key for key in _matrices(module) if key != "weight"]
+        if others:
+            return f"{', '.join(others)}: of no Conv or Linear layer, but of the {type(module).__name__} itself"
         return f"no binary counterpart of {type(module).__name__}"
     weight = module._parameters.get("weight")
     if weight is None:
@@ -361,11 +379,8 @@ def _make_binary(
 def _describe(weights: Spec, activations: Spec) -> str:
     names = []
     for spec, letter in ((weights, "W"), (activations, "A")):
-        if spec is None:
-            names.append(f"{letter}32")
-        else:
-            name = spec if isinstance(spec, str) else spec.name if isinstance(spec, Binarizer) else spec["name"]
-            names.append(f"{letter}1 {name}")
+        binarizer = build(spec, letter)
+        names.append(f"{letter}32" if binarizer is None else f"{letter}1 {binarizer.title}")
     return ", ".join(names)
 
 

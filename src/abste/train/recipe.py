@@ -136,7 +136,8 @@ class BinarizeSection(Section):
     scale_gradient: bool = False
     center: Literal["mean", "learned"] | None = None
     pad_value: Literal[-1, 0, 1] = 0
-    # None rather than false: what a recipe leaves out is not written, so that older runs still resume.
+    # None rather than the default: what a recipe leaves out is not written, so that older runs still resume.
+    keep_depthwise: bool | None = None
     adaptive_set: bool | None = None
     gradient_branch: Annotated[float, Field(ge=0)] | None = None
 
@@ -152,6 +153,7 @@ class BinarizeSection(Section):
         if self.scale == "none":
             arguments["scale"] = None
         arguments["adaptive_set"] = bool(self.adaptive_set)
+        arguments["keep_depthwise"] = self.keep_depthwise is not False
         return arguments
 
 
