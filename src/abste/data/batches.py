@@ -145,17 +145,12 @@ class BatchSource(ABC):
         return self._batches(epoch, start)
 
     def close(self) -> None:
-        """Free what an epoch keeps for the next one, such as processes; the next epoch starts it again."""
-        return None
+        """Free what one epoch keeps for the next, such as processes; a next one starts it again."""
+        return
 
     @abstractmethod
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of :meth:`epoch`, whose arguments are checked."""
-
-    def _share(self, step: int) -> slice:
-        """The positions in the epoch of this rank's batch `step`; evaluation's last may reach beyond the end."""
-        first = (step * self.world_size + self.rank) * self.batch_size
-        return slice(first, first + self.batch_size)
 
     def _generator(self, *stream: int) -> torch.Generator:
         """A CPU generator for one use of the seed."""
@@ -179,6 +174,12 @@ class BatchSource(ABC):
         return values if self.channels_last else values.contiguous()
 
 
+def share(step: int, batch_size: int, rank: int, world_size: int) -> slice:
+    """The positions in an epoch of the batch that a rank gets at a step; the last may reach beyond the end."""
+    first = (step * world_size + rank) * batch_size
+    return slice(first, first + batch_size)
+
+
 def stream_seed(seed: int, *stream: int) -> int:
     """The seed of one use of `seed`; SeedSequence keeps nearby seeds and streams independent."""
     return int(np.random.SeedSequence(seed, spawn_key=stream).generate_state(1, np.uint64)[0])
@@ -187,8 +188,8 @@ def stream_seed(seed: int, *stream: int) -> int:
 class Batches(BatchSource):
     """Batches of (images, labels) on a device: images (B, C, H, W) normalised to (x/255 - mean)/std, labels int64 (B,).
 
-    A copy of the images, padded for the crop, is kept on the device as uint8. All that is random about an epoch is drawn
-    from one CPU generator seeded from (seed, epoch), so a batch is the same on any device.
+    A copy of the images, padded for the crop, is kept on the device as uint8. All that is random about an epoch is
+    drawn from one CPU generator seeded from (seed, epoch), so a batch is the same on any device.
 
     Args:
         data: the images.
@@ -253,7 +254,7 @@ class Batches(BatchSource):
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         plan = self._plan(epoch) if self.train else None
         for step in range(start, len(self)):
-            part = self._share(step)
+            part = share(step, self.batch_size, self.rank, self.world_size)
             if plan is None:
                 yield self._normalise(self._crops[part, 0, 0].unflatten(2, self._pixels)), self._labels[part]
             else:
