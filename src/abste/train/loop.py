@@ -27,7 +27,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
-from abste.data import Augment, Batches
+from abste.data import lost_workers
 from abste.errors import AbsteError, CheckpointError, ConfigError, NonFiniteLossError
 from abste.train.checkpoint import (
     check_recipe,
@@ -45,11 +45,14 @@ from abste.train.run import (
     as_result,
     build_model,
     count_correct,
+    data_record,
     environment,
     evaluation_batches,
     git_state,
     load_data,
     recalibrated,
+    resolved,
+    training_batches,
 )
 
 T = TypeVar("T")
@@ -127,6 +130,7 @@ def fit(
         raise ConfigError(f"max_minutes must be at least 0, not {max_minutes}.")
     started = time.monotonic()
     threads = torch.get_num_threads()
+    recipe = resolved(recipe, data_root)
     fabric = _fabric(recipe, accelerator, devices, strategy, num_nodes)
     fabric.launch()
     if recipe.train.threads is not None:
@@ -243,20 +247,11 @@ class _Loop:
         if fabric.world_size > 1:
             _on_rank_zero(fabric, lambda: load_data(recipe, data_root)[2])  # one process downloads
         self.train_images, evaluation_images, self.split = load_data(recipe, data_root)
-        self.train = Batches(
-            self.train_images,
-            settings.batch_size // fabric.world_size,
-            augment=Augment(crop_padding=recipe.data.crop_padding, flip=recipe.data.flip, cutout=recipe.data.cutout),
-            seed=settings.seed,
-            device=self.device,
-            channels_last=settings.channels_last,
-            train=True,
-            rank=fabric.global_rank,
-            world_size=fabric.world_size,
-        )
-        self.evaluation = evaluation_batches(
-            evaluation_images, recipe, self.device, fabric.global_rank, fabric.world_size
-        )
+        self.data = data_record(recipe, self.train_images, evaluation_images, self.split)
+        place = self.device, fabric.global_rank, fabric.world_size
+        self.train = training_batches(self.train_images, recipe, *place)
+        self.evaluation = evaluation_batches(evaluation_images, recipe, *place)
+        self.unreadable: dict[str, str] = {}  # of all processes, at the last checkpoint
         self.steps_per_epoch = len(self.train)
         self.total_steps = settings.epochs * self.steps_per_epoch
 
@@ -307,6 +302,7 @@ class _Loop:
                 self.fabric,
                 lambda: check_recipe(self.run.recipe, self.run.read_recipe().to_dict(), self.recipe.to_dict()),
             )
+            _on_rank_zero(self.fabric, lambda: self.run.check_data(self.data))
             if self.run.checkpoint.exists():
                 self._restore()
             finished = _on_rank_zero(self.fabric, self.run.read_summary)
@@ -321,6 +317,7 @@ class _Loop:
     def _open_files(self, resume: bool) -> None:
         run = self.run
         write_atomic(run.recipe, self.recipe.to_toml().encode())  # first: it makes the directory a run
+        write_json(run.data, self.data)
         write_atomic(run.conversion, f"{self.conversion}\n".encode())
         try:
             self.metrics_file = _open_lines(run.metrics, self.metrics_bytes)
@@ -384,6 +381,7 @@ class _Loop:
         self.diagnostics_bytes, self.diagnostics_state = state.get("diagnostics_bytes", 0), state.get("diagnostics")
         self.window_images, self.epoch_sums = state["window_images"], list(state["epoch_sums"])
         self.last_training, self.last_evaluation = state["last_training"], state["last_evaluation"]
+        self.unreadable = state.get("unreadable", {})
         self.saved_step = self.step
         rank = self.fabric.global_rank
         if rank < len(state["random"]):  # else there are more processes now than there were
@@ -406,7 +404,7 @@ class _Loop:
         self.clock = self.saved = self.shown = time.monotonic()
         self.timed_steps, self.timed_seconds, self.latest = 0, 0.0, ""
         try:
-            with self.signals.caught():
+            with self.signals.caught(), lost_workers():
                 while self.epoch < recipe.train.epochs:
                     reason = self._train_epoch()
                     if reason != _RUNNING:
@@ -414,6 +412,8 @@ class _Loop:
                     self._end_epoch()
                 return self._finish()
         finally:
+            for batches in (self.train, self.evaluation):
+                batches.close()
             if self.writer is not None:
                 with contextlib.suppress(OSError):
                     self.writer.close()
@@ -486,7 +486,8 @@ class _Loop:
             loss = loss.detach()
             # Read by the host only every log_every steps, so that no step waits for the device.
             self.first_bad = torch.where(loss.isfinite(), self.first_bad, self.first_bad.clamp(max=step))
-            correct = (logits.argmax(1) == labels).sum()
+            likeliest = labels if labels.ndim == 1 else labels.argmax(1)  # of images that are mixed
+            correct = (logits.argmax(1) == likeliest).sum()
             self.window += torch.stack([loss * len(labels), correct.to(loss.dtype)])
         self.window_images += len(labels)
         if self.averaged is not None and recipe.average is not None:
@@ -614,7 +615,8 @@ class _Loop:
         """Write the checkpoint, unless there is something wrong with what it would hold."""
         self._check_finite(weights=True)
         self._share_buffers()
-        states: list[Any] = [(random_state(self.device), self.window.cpu())]
+        unreadable = self.train.unreadable | self.evaluation.unreadable
+        states: list[Any] = [(random_state(self.device), self.window.cpu(), unreadable)]
         if self.fabric.world_size > 1:
             gathered: list[Any] = [None] * self.fabric.world_size
             dist.all_gather_object(gathered, states[0])
@@ -626,6 +628,8 @@ class _Loop:
         now = time.monotonic()
         self.seconds += now - self.clock
         self.clock = now
+        for *_, unreadable in states:
+            self.unreadable |= unreadable
         try:
             for file in (self.metrics_file, self.diagnostics_file):
                 if file is not None:
@@ -639,8 +643,8 @@ class _Loop:
             "optimizer": self.raw_optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "precision": self.fabric.strategy.precision.state_dict(),
-            "random": [state for state, _ in states],
-            "window": torch.stack([window for _, window in states]),
+            "random": [state for state, *_ in states],
+            "window": torch.stack([window for _, window, _ in states]),
             "position": {"epoch": self.epoch, "start": self.done, "steps_per_epoch": self.steps_per_epoch},
             "seconds": self.seconds,
             "train_seconds": self.train_seconds,
@@ -651,6 +655,7 @@ class _Loop:
             "epoch_sums": self.epoch_sums,
             "last_training": self.last_training,
             "last_evaluation": self.last_evaluation,
+            "unreadable": self.unreadable,
         }
         save_checkpoint(self.run.checkpoint, state)
 
@@ -690,6 +695,8 @@ class _Loop:
                 self.split: {**averaged, "epoch": recipe.train.epochs, "precision": "float32"},
                 "batch_norm": f"recalibrated on the {len(self.train_images)} training images",
             }
+        if recipe.data.on_error == "skip":
+            summary["unreadable"] = {"count": len(self.unreadable), "images": self.unreadable}
         summary |= {
             "train": self.last_training,
             "cost": {
