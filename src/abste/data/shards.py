@@ -195,7 +195,7 @@ def _classes(root: Path, index: _Index, where: Path) -> tuple[tuple[str, ...], A
 def _read_index(path: Path, stamps: list[list[Any]]) -> _Index | None:
     """The index that was kept, if it is that of these shards."""
     try:
-        with np.load(path, allow_pickle=False) as kept:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as kept:
             if json.loads(str(kept["stamps"])) != stamps:
                 return None
             names, labels = (_unpacked(kept[f"{what}_text"], kept[f"{what}_ends"]) for what in ("names", "labels"))

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import abste.models
 from abste.data import (
+    FILE_SETS,
     Augment,
     Batches,
     BatchSource,
@@ -38,7 +39,7 @@ from abste.data import (
     load,
     open_files,
 )
-from abste.errors import CheckpointError, DataError, RunError
+from abste.errors import CheckpointError, ConfigError, DataError, RunError, nearest
 from abste.nn import ConversionReport, convert, recalibrate_batch_norm
 from abste.train.checkpoint import check_state, load_checkpoint
 from abste.train.files import remove_leftovers
@@ -229,6 +230,9 @@ def load_data(recipe: Recipe, root: str | Path | None) -> tuple[Images, Images, 
     if section.on_disk:
         train, test = _open(recipe, root)
     else:
+        if section.name not in available():
+            known = nearest(section.name, [*available(), *FILE_SETS])
+            raise ConfigError(f"There is no data set named {section.name!r}; {known}")
         train, test = load(section.name, root=root)
         shape = list(train.images.shape[1:])
         if shape != section.image_shape:
