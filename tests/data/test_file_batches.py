@@ -169,9 +169,14 @@ def test_a_lost_worker_is_one_sentence(noisy: ImageFiles) -> None:
     (worker,) = set(multiprocessing.active_children()) - before
     assert worker.pid is not None
     wanted = r"reads images was lost .*; continue with fewer data.workers, or with 0"
-    with pytest.raises(DataError, match=wanted), lost_workers():  # torch may tell of it anywhere in here
-        os.kill(worker.pid, signal.SIGKILL)
-        list(inside)
+
+    def go_on() -> None:
+        with lost_workers():  # torch may tell of it anywhere in here
+            os.kill(worker.pid, signal.SIGKILL)
+            list(inside)
+
+    with pytest.raises(DataError, match=wanted):
+        go_on()
     batches.close()
 
 
@@ -251,7 +256,7 @@ def test_mixed_labels_are_what_the_pixels_say(tmp_path: Path, kind: str) -> None
     shares = []
     for epoch in range(25):
         order = torch.randperm(12, generator=torch.Generator().manual_seed(stream_seed(0, 1, epoch))).tolist()
-        batches = training(data, 6, Views((8, 8), **{kind: 1.0})).epoch(epoch)
+        batches = training(data, 6, Views((32, 32), **{kind: 1.0})).epoch(epoch)
         for step, (images, labels) in enumerate(batches):
             now = order[6 * step : 6 * step + 6]
             assert labels.dtype == torch.float32 and labels.shape == (6, 12)
@@ -268,8 +273,9 @@ def test_mixed_labels_are_what_the_pixels_say(tmp_path: Path, kind: str) -> None
             whole = images.flatten(2).amax(2) - images.flatten(2).amin(2)
             if kind == "mixup":
                 assert whole.abs().max() < 1e-6  # every pixel alike; a pasted piece is not
-    # Of Beta(1, 1), which is uniform: mean 1/2, standard deviation 0.29; a box over the border shows less than drawn.
-    assert abs(np.mean(shares) - 0.5) < 0.2 and np.std(shares) > 0.2
+    # Beta(1, 1) is uniform. A box of side s = sqrt(1 - share) loses s/4 of it beyond the border, in each direction.
+    mean = 0.5 if kind == "mixup" else 1 - (1 / 2 - 1 / 5 + 1 / 48)
+    assert abs(np.mean(shares) - mean) < 0.08 and np.std(shares) > 0.2
 
 
 def test_each_batch_is_mixed_in_one_of_two_ways(plain: ImageFiles) -> None:
@@ -320,7 +326,7 @@ def test_images_of_every_kind(tmp_path: Path) -> None:
 
 
 SPOILED = {
-    "cat/003.png": (lambda path: path.write_bytes(path.read_bytes()[:60]), "it is truncated|it is damaged"),
+    "cat/003.png": (lambda path: path.write_bytes(path.read_bytes()[:50]), "it is truncated"),
     "cat/007.png": (lambda path: path.write_bytes(b""), "it is damaged, or no image that Pillow reads"),
     "cat/011.png": (lambda path: path.write_text("no image"), "it is damaged, or no image that Pillow reads"),
     "dog/002.png": (lambda path: path.unlink(), "No such file or directory"),
@@ -386,7 +392,7 @@ def test_where_no_image_can_be_read(spoiled: ImageFiles) -> None:
     source = evaluation(bad, 2, on_error="skip")
     assert list(source.epoch(0)) == [] and len(source.unreadable) == 5
     with pytest.raises(
-        DataError, match="images in a row of data set 'folder' cannot be read, the last of them .*png: "
+        DataError, match=r"images in a row of data set 'folder' cannot be read, the last of them .*png: "
     ):
         next(training(bad, 2, on_error="skip").epoch(0))
 

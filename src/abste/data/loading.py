@@ -199,7 +199,7 @@ class FileBatches(BatchSource):
         turn = self._turn
         self._places.now = [(epoch, step) for step in range(start, len(self))]
         with lost_workers():
-            reads = iter(self._open())
+            reads = self._open()
         for _, step in self._places.now:
             if turn != self._turn:
                 raise ConfigError("An epoch of files was begun while another was read; read one at a time.")
@@ -231,23 +231,23 @@ class FileBatches(BatchSource):
             )
         self.unreadable |= read.unreadable
 
-    def _open(self) -> DataLoader[_Read]:
+    def _open(self) -> Iterator[_Read]:
         if self._loader is None:
             _opened.add(self)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="This DataLoader will create")  # as many as were asked for
-                self._loader = DataLoader(
-                    _Reader(self),
-                    batch_size=None,
-                    sampler=self._places,
-                    num_workers=self.workers,
-                    collate_fn=_as_it_is,
-                    pin_memory=self.device.type == "cuda",
-                    persistent_workers=self.workers > 0,
-                    worker_init_fn=_begin,
-                    generator=torch.Generator(),  # else each epoch would draw from that of the whole process
-                )
-        return self._loader
+            self._loader = DataLoader(
+                _Reader(self),
+                batch_size=None,
+                sampler=self._places,
+                num_workers=self.workers,
+                collate_fn=_as_it_is,
+                pin_memory=self.device.type == "cuda",
+                persistent_workers=self.workers > 0,
+                worker_init_fn=_begin,
+                generator=torch.Generator(),  # else each epoch would draw from that of the whole process
+            )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="This DataLoader will create")  # as many as were asked for
+            return iter(self._loader)
 
 
 def default_workers() -> int:

@@ -120,6 +120,8 @@ def _scan(where: Path, shards: list[str]) -> _Index:
         labels: dict[str, str] = {}
         try:
             with tarfile.open(path, "r:") as shard:
+                if not _ends(path):  # tarfile would take what is cut off between two images for whole
+                    raise tarfile.ReadError("it lacks its end")
                 for member in shard:
                     folder, _, file = member.name.rpartition("/")
                     if not member.isfile() or file.startswith("."):
@@ -150,6 +152,13 @@ def _scan(where: Path, shards: list[str]) -> _Index:
         raise DataError(f"The shards in {where} hold no images; they need KEY.jpg beside KEY.cls.")
     shard_of, offset, size, names, texts = zip(*rows, strict=True)
     return _Index(np.array(shard_of), np.array(offset), np.array(size), Names(names), Names(texts))
+
+
+def _ends(path: Path) -> bool:
+    """Whether a tar file has the two empty blocks that close it."""
+    with open(path, "rb") as file:
+        file.seek(-min(1024, path.stat().st_size), os.SEEK_END)
+        return file.read() == bytes(1024)
 
 
 def _label(shard: tarfile.TarFile, member: tarfile.TarInfo) -> str:

@@ -154,7 +154,9 @@ def decode(data: bytes, channels: int) -> Any:
     except Unreadable:
         raise
     except Exception as error:  # Pillow's readers of damaged files raise whatever their parsing comes to
-        reason = "it is truncated" if "truncated" in str(error) else "it is damaged, or no image that Pillow reads"
+        reason = (
+            "it is truncated" if "truncated" in str(error).lower() else "it is damaged, or no image that Pillow reads"
+        )
         raise Unreadable(reason) from error
 
 
