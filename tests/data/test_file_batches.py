@@ -3,7 +3,8 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
-import signal
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from abste.data import Batches, FileBatches, ImageData, ImageFiles, Views, lost_workers, open_files, write_shards
+from abste.data import Batches, FileBatches, ImageData, ImageFiles, Views, open_files, write_shards
 from abste.data.batches import stream_seed
 from abste.data.loading import default_workers
 from abste.errors import ConfigError, DataError
@@ -161,23 +162,29 @@ def test_closing_ends_the_workers(noisy: ImageFiles) -> None:
     assert set(multiprocessing.active_children()) <= before
 
 
+LOSE_A_WORKER = """
+import multiprocessing, os, signal, sys
+from abste.data import FileBatches, Views, lost_workers, open_files
+from abste.errors import DataError
+
+data = open_files("folder", sys.argv[1]).train
+batches = FileBatches(data, 2, views=Views((8, 8)), seed=0, train=True, workers=1)
+try:
+    with lost_workers():  # torch may tell of it anywhere in here
+        inside = batches.epoch(0)
+        next(inside)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        list(inside)
+except DataError as error:
+    print(error)
+"""
+
+
 def test_a_lost_worker_is_one_sentence(noisy: ImageFiles) -> None:
-    before = set(multiprocessing.active_children())
-    batches = training(noisy, 2, workers=1)
-    inside = batches.epoch(0)
-    next(inside)
-    (worker,) = set(multiprocessing.active_children()) - before
-    assert worker.pid is not None
-    wanted = r"reads images was lost .*; continue with fewer data.workers, or with 0"
-
-    def go_on() -> None:
-        with lost_workers():  # torch may tell of it anywhere in here
-            os.kill(worker.pid, signal.SIGKILL)
-            list(inside)
-
-    with pytest.raises(DataError, match=wanted):
-        go_on()
-    batches.close()
+    command = [sys.executable, "-c", LOSE_A_WORKER, str(noisy.source.root)]  # torch would tell pytest of it, too
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.stdout.startswith("A process that reads images was lost"), done.stderr
+    assert done.stdout.endswith("; continue with fewer data.workers, or with 0.\n")
 
 
 # --- views
@@ -275,7 +282,7 @@ def test_mixed_labels_are_what_the_pixels_say(tmp_path: Path, kind: str) -> None
                 assert whole.abs().max() < 1e-6  # every pixel alike; a pasted piece is not
     # Beta(1, 1) is uniform. A box of side s = sqrt(1 - share) loses s/4 of it beyond the border, in each direction.
     mean = 0.5 if kind == "mixup" else 1 - (1 / 2 - 1 / 5 + 1 / 48)
-    assert abs(np.mean(shares) - mean) < 0.08 and np.std(shares) > 0.2
+    assert abs(np.mean(shares) - mean) < 0.08 and np.std(shares) > 0.15
 
 
 def test_each_batch_is_mixed_in_one_of_two_ways(plain: ImageFiles) -> None:
@@ -332,7 +339,7 @@ SPOILED = {
     "dog/002.png": (lambda path: path.unlink(), "No such file or directory"),
     "dog/004.png": (
         lambda path: Image.fromarray(np.zeros((9, 9), np.uint16)).save(path),
-        "more than eight bits per channel",
+        "it has more than eight bits per channel",
     ),
 }
 BAD = {3, 7, 11, 15, 17}

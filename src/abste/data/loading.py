@@ -232,21 +232,23 @@ class FileBatches(BatchSource):
         self.unreadable |= read.unreadable
 
     def _open(self) -> Iterator[_Read]:
-        if self._loader is None:
-            _opened.add(self)
-            self._loader = DataLoader(
-                _Reader(self),
-                batch_size=None,
-                sampler=self._places,
-                num_workers=self.workers,
-                collate_fn=_as_it_is,
-                pin_memory=self.device.type == "cuda",
-                persistent_workers=self.workers > 0,
-                worker_init_fn=_begin,
-                generator=torch.Generator(),  # else each epoch would draw from that of the whole process
-            )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="This DataLoader will create")  # as many as were asked for
+            # What torch's workers do after the fork is made for it: they use no threads.
+            warnings.filterwarnings("ignore", message="This process .* is multi-threaded", category=DeprecationWarning)
+            if self._loader is None:
+                _opened.add(self)
+                self._loader = DataLoader(
+                    _Reader(self),
+                    batch_size=None,
+                    sampler=self._places,
+                    num_workers=self.workers,
+                    collate_fn=_as_it_is,
+                    pin_memory=self.device.type == "cuda",
+                    persistent_workers=self.workers > 0,
+                    worker_init_fn=_begin,
+                    generator=torch.Generator(),  # else each epoch would draw from that of the whole process
+                )
             return iter(self._loader)
 
 
