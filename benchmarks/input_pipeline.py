@@ -6,9 +6,9 @@ FOLDER has train/CLASS/*.jpg; without it, 512 noisy pictures of 500 x 375 pixels
 ours from the folder, ours from shards (packed into a temporary folder first), and ImageFolder with DataLoader. All show
 the same transforms (RandomResizedCrop, flip, and with --jitter ColorJitter and RandAugment) with as many persistent
 workers, and yield normalised float32 batches in this process. A round is an epoch of `--images` images; its first
-batch, before which workers have nothing prepared, counts. Prints JSON with the median images per second of each and the median
-over rounds of the ratios to ImageFolder, which are promised to be at least 0.9, and of shards to folder, at least 1 but
-for noise.
+batch, before which workers have nothing prepared, counts. Prints JSON with the median images per second of each and the
+median over rounds of the ratios to ImageFolder, which are promised to be at least 0.9, and of shards to folder, at
+least 1 but for noise.
 """
 
 from __future__ import annotations
