@@ -110,9 +110,11 @@ def _parser() -> argparse.ArgumentParser:
         "  abste train cifar10-resnet20-w1a32 --data data --out runs/r20 --resume\n"
         "  abste train cifar10-resnet20-w1a1 --data data --out runs/w1a1 --set optimizer.lr=0.2 --seed 1\n"
         "  abste train cifar10-resnet20-w1a1 --data data --out runs/warm --init runs/float\n"
+        "  abste train finetune --model resnet20 --data photos --out runs/mine   # photos/CLASS/*.jpg\n"
         "  torchrun --nproc-per-node 2 -m abste train mine.toml --data data --out runs/mine",
     )
     sub.add_argument("recipe", metavar="RECIPE", help="built-in recipe (see `abste recipes`) or a TOML file")
+    sub.add_argument("--model", metavar="NAME", help="network of abste.models; short for --set model.name=NAME")
     _add_data(sub)
     sub.add_argument("--out", required=True, metavar="DIR", help="run directory: everything about the run goes there")
     _add_set(sub)
@@ -244,7 +246,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("file", metavar="FILE", help=".abste file")
     _add_data(sub)
     sub.add_argument("--averaged", action="store_true", help="the averaged weights, of a recipe with [average]")
-    sub.add_argument("--images", type=int, metavar="N", help="use the first N images of the data (default: all)")
+    sub.add_argument("--images", type=int, metavar="N", help="use N images of the data (default: all)")
     sub.add_argument(
         "--int8",
         choices=("stem", "float", "binary", "all"),
@@ -304,6 +306,8 @@ def _train(arguments: argparse.Namespace) -> int:
     from abste.train.recipe import load_recipe
 
     overrides = list(arguments.overrides)
+    if arguments.model is not None:
+        overrides.append(f"model.name={arguments.model}")
     for key in ("seed", "threads", "precision"):
         value = getattr(arguments, key)
         if value is not None:
@@ -369,6 +373,10 @@ def _result_lines(summary: dict[str, Any]) -> str:
                     f"{split.replace('_', '-')} accuracy {result['accuracy']:.2%}, loss {result['loss']:.4f} "
                     f"({title}, {result['images']:,} images, float32)"
                 )
+    if unreadable := summary.get("unreadable", {}).get("images"):
+        lines.append(
+            f"{len(unreadable):,} images could not be read and were left out, such as {next(iter(unreadable))}"
+        )
     cost = summary["cost"]
     lines.append(f"{cost['seconds']:.0f} s, {cost['samples_per_second']:,.0f} images/s in training")
     return "\n".join(lines)

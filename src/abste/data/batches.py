@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from abste.data.sets import ImageData, check_seed
+from abste.data.sets import DataSet, ImageData, check_seed
 from abste.errors import ConfigError, nearest
 
 FLIPS = ("none", "random", "alternating")
@@ -64,27 +65,143 @@ class _Plan(NamedTuple):
     cutout_x: Tensor
 
 
-class Batches:
-    """Batches of (images, labels) on a device: images (B, C, H, W) normalised to (x/255 - mean)/std, labels int64 (B,).
+class BatchSource(ABC):
+    """What training and evaluation read: batches of (images, labels) of one process, epoch by epoch.
 
-    A copy of the images, padded for the crop, is kept on the device as uint8. In training every epoch has an order of
-    its own and leaves out the last, incomplete batch; in evaluation images come once each, in the order of the data.
-
-    All that is random about an epoch is drawn from one CPU generator seeded from (seed, epoch). So a batch depends on
-    the epoch and its number alone, on any device, and an epoch can be entered at any step.
+    In training every epoch has an order of its own and leaves out the last, incomplete batch; in evaluation images come
+    once each, in the order of the data. A batch depends on the seed, the epoch and its number alone, so an epoch can be
+    entered at any step.
 
     Args:
         data: the images.
         batch_size: images per batch and process.
-        augment: how to vary the images; None in evaluation.
         seed: an integer that is not negative.
-        device: where the images are kept, augmented and yielded.
+        device: where batches are yielded.
         dtype: floating-point type of the yielded images; normalisation is computed in float32 whatever it is.
         channels_last: yield images in the memory format `torch.channels_last`.
         rank, world_size: this process's number and how many there are. Step i takes `world_size * batch_size` images,
             and each rank its share of them. In evaluation the last step may leave ranks fewer images or none, and a
             rank with none has one batch less.
         train: whether to shuffle, augment and leave out the incomplete batch.
+
+    Attributes:
+        unreadable: the images that were left out because they cannot be read, by name, and why.
+
+    Raises:
+        ConfigError: a value out of range, or one that does not fit the data.
+    """
+
+    def __init__(
+        self,
+        data: DataSet,
+        batch_size: int,
+        *,
+        seed: int,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        train: bool,
+    ) -> None:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size!r}; give an integer of 1 or more.")
+        if world_size < 1 or not 0 <= rank < world_size:
+            raise ConfigError(f"rank is {rank} of world_size {world_size}; give a rank from 0 to world_size - 1.")
+        if train and batch_size * world_size > len(data):
+            processes = f" on each of {world_size} processes" if world_size > 1 else ""
+            raise ConfigError(
+                f"batch_size {batch_size}{processes} is more than the {len(data)} training images of '{data.name}'; "
+                f"give at most {len(data) // world_size}."
+            )
+        if not dtype.is_floating_point:
+            raise ConfigError(f"Images cannot be normalised to {dtype}; give a floating-point dtype.")
+        self.count = len(data)
+        self.batch_size = batch_size
+        self.seed = check_seed(seed)
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.channels_last = channels_last
+        self.rank = rank
+        self.world_size = world_size
+        self.train = train
+        self.unreadable: dict[str, str] = {}
+        self._mean, self._std = data.mean, data.std
+        self._scale: tuple[Tensor, Tensor] | None = None
+
+    def __len__(self) -> int:
+        """Batches per epoch of this rank: in training the optimizer steps, the same on every rank."""
+        step, total = self.batch_size * self.world_size, self.count
+        if self.train:
+            return total // step
+        return max(0, -(-(total - self.rank * self.batch_size) // step))
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of an epoch, from number `start` on: those an uninterrupted epoch yields from there.
+
+        Labels are int64 (B,), or float32 (B, classes) where images are mixed.
+
+        Raises:
+            ConfigError: `epoch` is negative, or `start` is not between 0 and `len(self)`.
+            DataError: an image cannot be read.
+        """
+        if epoch < 0:
+            raise ConfigError(f"epoch is {epoch}; epochs count from 0.")
+        if not 0 <= start <= len(self):
+            raise ConfigError(f"Cannot start an epoch of {len(self)} batches at batch {start}.")
+        return self._batches(epoch, start)
+
+    def close(self) -> None:
+        """Free what one epoch keeps for the next, such as processes; a next one starts it again."""
+        return
+
+    @abstractmethod
+    def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of :meth:`epoch`, whose arguments are checked."""
+
+    def _generator(self, *stream: int) -> torch.Generator:
+        """A CPU generator for one use of the seed."""
+        return torch.Generator().manual_seed(stream_seed(self.seed, *stream))
+
+    def _normalise(self, images: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """uint8 (B, H, W, C) to the yielded (B, C, H, W), with 0, the mean, where `hidden` (B, H, W*C)."""
+        _, height, width, channels = images.shape
+        if self._scale is None:
+            # One factor and one offset per value of an image, and not per channel: the fused multiply-add then runs
+            # along whole rows of memory instead of three values at a time.
+            std = torch.tensor(self._std, dtype=torch.float64)
+            factor = (1 / (255 * std)).float().repeat(height * width)
+            offset = (-torch.tensor(self._mean, dtype=torch.float64) / std).float().repeat(height * width)
+            self._scale = factor.to(self.device), offset.to(self.device)
+        factor, offset = self._scale
+        values = torch.addcmul(offset, images.flatten(1).float(), factor).to(self.dtype)
+        if hidden is not None:
+            values.masked_fill_(hidden.flatten(1), 0)
+        values = values.view(-1, height, width, channels).permute(0, 3, 1, 2)
+        return values if self.channels_last else values.contiguous()
+
+
+def share(step: int, batch_size: int, rank: int, world_size: int) -> slice:
+    """The positions in an epoch of the batch that a rank gets at a step; the last may reach beyond the end."""
+    first = (step * world_size + rank) * batch_size
+    return slice(first, first + batch_size)
+
+
+def stream_seed(seed: int, *stream: int) -> int:
+    """The seed of one use of `seed`; SeedSequence keeps nearby seeds and streams independent."""
+    return int(np.random.SeedSequence(seed, spawn_key=stream).generate_state(1, np.uint64)[0])
+
+
+class Batches(BatchSource):
+    """Batches of (images, labels) on a device: images (B, C, H, W) normalised to (x/255 - mean)/std, labels int64 (B,).
+
+    A copy of the images, padded for the crop, is kept on the device as uint8. All that is random about an epoch is
+    drawn from one CPU generator seeded from (seed, epoch), so a batch is the same on any device.
+
+    Args:
+        data: the images.
+        batch_size, seed, device, dtype, channels_last, rank, world_size, train: see :class:`BatchSource`.
+        augment: how to vary the images; None in evaluation.
 
     Raises:
         ConfigError: a value out of range, or one that does not fit the data.
@@ -104,18 +221,19 @@ class Batches:
         world_size: int = 1,
         train: bool,
     ) -> None:
+        super().__init__(
+            data,
+            batch_size,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            channels_last=channels_last,
+            rank=rank,
+            world_size=world_size,
+            train=train,
+        )
         augment = augment or Augment()
         channels, height, width = data.images.shape[1:]
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ConfigError(f"batch_size is {batch_size!r}; give an integer of 1 or more.")
-        if world_size < 1 or not 0 <= rank < world_size:
-            raise ConfigError(f"rank is {rank} of world_size {world_size}; give a rank from 0 to world_size - 1.")
-        if train and batch_size * world_size > len(data):
-            processes = f" on each of {world_size} processes" if world_size > 1 else ""
-            raise ConfigError(
-                f"batch_size {batch_size}{processes} is more than the {len(data)} training images of '{data.name}'; "
-                f"give at most {len(data) // world_size}."
-            )
         if not train and augment != Augment():
             raise ConfigError("Evaluation shows images as they are; give augment=None, or train=True.")
         if augment.crop_fill == "reflect" and augment.crop_padding >= min(height, width):
@@ -128,67 +246,27 @@ class Batches:
                 f"cutout {augment.cutout} is larger than the {height}x{width} images of '{data.name}'; "
                 f"give at most {min(height, width)}."
             )
-        if not dtype.is_floating_point:
-            raise ConfigError(f"Images cannot be normalised to {dtype}; give a floating-point dtype.")
 
         self.data = data
-        self.batch_size = batch_size
         self.augment = augment
-        self.seed = check_seed(seed)
-        self.device = torch.device(device)
-        self.dtype = dtype
-        self.channels_last = channels_last
-        self.rank = rank
-        self.world_size = world_size
-        self.train = train
 
         self._labels = data.labels.to(self.device)
         self._crops = self._crop_view(data.images.to(self.device), augment.crop_padding, augment.crop_fill)
-        # One factor and one offset per value of an image row, W*C long, and not per channel: the fused multiply-add
-        # then runs along whole rows of memory instead of three values at a time.
-        std = torch.tensor(data.std, dtype=torch.float64)
-        self._factor = (1 / (255 * std)).float().repeat(height * width).to(self.device)
-        self._offset = (-torch.tensor(data.mean, dtype=torch.float64) / std).float().repeat(height * width)
-        self._offset = self._offset.to(self.device)
+        self._pixels = (width, channels)  # of a row
         self._row = torch.arange(height, device=self.device)
         self._column = torch.arange(width, device=self.device).repeat_interleave(channels)
         coin = self._generator(0)
         self._coin = torch.rand(len(data), generator=coin) < 0.5  # by image; read by flip="alternating" only
 
-    def __len__(self) -> int:
-        """Batches per epoch of this rank: in training the optimizer steps, the same on every rank."""
-        step, total = self.batch_size * self.world_size, len(self.data)
-        if self.train:
-            return total // step
-        return max(0, -(-(total - self.rank * self.batch_size) // step))
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches of an epoch, from number `start` on: those an uninterrupted epoch yields from there.
-
-        Raises:
-            ConfigError: `epoch` is negative, or `start` is not between 0 and `len(self)`.
-        """
-        if epoch < 0:
-            raise ConfigError(f"epoch is {epoch}; epochs count from 0.")
-        if not 0 <= start <= len(self):
-            raise ConfigError(f"Cannot start an epoch of {len(self)} batches at batch {start}.")
-        return self._batches(epoch, start)
-
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         plan = self._plan(epoch) if self.train else None
         for step in range(start, len(self)):
-            first = (step * self.world_size + self.rank) * self.batch_size
-            part = slice(first, first + self.batch_size)  # evaluation's last may reach beyond the end
+            part = share(step, self.batch_size, self.rank, self.world_size)
             if plan is None:
-                yield self._normalise(self._crops[part, 0, 0]), self._labels[part]
+                yield self._normalise(self._crops[part, 0, 0].unflatten(2, self._pixels)), self._labels[part]
             else:
                 now = _Plan(*(values[part] for values in plan))
                 yield self._augmented(now), self._labels[now.order]
-
-    def _generator(self, *stream: int) -> torch.Generator:
-        """A CPU generator for one use of the seed; SeedSequence keeps nearby seeds and streams independent."""
-        state = np.random.SeedSequence(self.seed, spawn_key=stream).generate_state(1, np.uint64)
-        return torch.Generator().manual_seed(int(state[0]))
 
     def _plan(self, epoch: int) -> _Plan:
         generator = self._generator(1, epoch)
@@ -224,11 +302,9 @@ class Batches:
         return padded.contiguous().flatten(2).unfold(1, height, 1).unfold(2, width * channels, channels)
 
     def _augmented(self, plan: _Plan) -> Tensor:
-        images = self._crops[plan.order, plan.crop_y, plan.crop_x]  # (B, H, W*C), contiguous
-        batch, height, row = images.shape
+        images = self._crops[plan.order, plan.crop_y, plan.crop_x].unflatten(2, self._pixels)  # contiguous
         if self.augment.flip != "none":
-            pixels = images.view(batch, height, -1, self.data.images.shape[1])
-            images = torch.where(plan.mirror.view(-1, 1, 1, 1), pixels.flip(2), pixels).view(batch, height, row)
+            images = torch.where(plan.mirror.view(-1, 1, 1, 1), images.flip(2), images)
         hidden = None
         if side := self.augment.cutout:
             top, left = (plan.cutout_y - side // 2).unsqueeze(1), (plan.cutout_x - side // 2).unsqueeze(1)
@@ -236,12 +312,3 @@ class Batches:
             in_columns = (self._column >= left) & (self._column < left + side)
             hidden = in_rows.unsqueeze(2) & in_columns.unsqueeze(1)
         return self._normalise(images, hidden)
-
-    def _normalise(self, images: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """uint8 (B, H, W*C) to the yielded (B, C, H, W), with 0, the mean, where `hidden` (B, H, W*C)."""
-        channels, height, width = self.data.images.shape[1:]
-        values = torch.addcmul(self._offset, images.flatten(1).float(), self._factor).to(self.dtype)
-        if hidden is not None:
-            values.masked_fill_(hidden.flatten(1), 0)
-        values = values.view(-1, height, width, channels).permute(0, 3, 1, 2)
-        return values if self.channels_last else values.contiguous()

@@ -6,13 +6,46 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from abste.errors import ConfigError, DataError, nearest
+
+
+class DataSet(Protocol):
+    """What every data set has, be it a tensor (`ImageData`) or files (`abste.data.ImageFiles`)."""
+
+    @property
+    def labels(self) -> Tensor:
+        """int64, shape (N,), each an index into `classes`."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class names."""
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Per-channel mean of pixels divided by 255, for normalisation."""
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Per-channel standard deviation of pixels divided by 255, for normalisation."""
+
+    @property
+    def name(self) -> str:
+        """For messages and records."""
+
+    def __len__(self) -> int:
+        """How many images there are."""
+
+    def select(self, indices: Tensor) -> Self:
+        """The images at `indices` (int64, shape (M,)), in that order."""
+
+
+D = TypeVar("D", bound=DataSet)
 
 
 @dataclass(frozen=True)
@@ -157,7 +190,7 @@ def _chosen(statistics: str, name: str, mean: tuple[float, ...], std: tuple[floa
     return chosen
 
 
-def hold_out(train: ImageData, count: int, seed: int) -> tuple[ImageData, ImageData]:
+def hold_out(train: D, count: int, seed: int) -> tuple[D, D]:
     """Split `count` images off a training set, for choosing hyperparameters without looking at the test set.
 
     Each class gives its share of `count`, rounded by largest remainder; which of its images go is drawn from `seed`.

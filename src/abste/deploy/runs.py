@@ -7,14 +7,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from abste.data import ImageData, describe
 from abste.deploy import format as abste_format
 from abste.deploy.packing import Batch, Check, Data, Export, export, verify_file
 from abste.errors import ConfigError, DataError, FormatError
 from abste.runtime.network import Int8
 from abste.train.recipe import Recipe
-from abste.train.run import RunDirectory, build_model, evaluation_batches, example_input, load_data, load_run
+from abste.train.run import (
+    Images,
+    RunDirectory,
+    build_model,
+    description,
+    evaluation_batches,
+    example_input,
+    load_run,
+    load_run_data,
+)
 from abste.zoo import resolve
 
 EXPORT_IMAGES = 1000
@@ -48,7 +57,7 @@ def export_run(
     model = load_run(path, averaged=averaged)
     run = RunDirectory(path)
     recipe = run.read_recipe()
-    known = describe(recipe.data.name, recipe.data.statistics or "dataset")
+    known = description(run, recipe)
     summary = run.read_summary() or {}
     metadata = {
         "name": recipe.name,
@@ -59,6 +68,8 @@ def export_run(
         "float16": float16,
         "averaged": averaged,
     }
+    if resize := (run.read_data() or {}).get("resize"):
+        metadata["resize"] = resize  # so that `abste predict` sees images as the evaluation does
     result = (summary.get("averaged", {}) if averaged else summary).get("test")
     if result:
         metadata["accuracy"] = result["accuracy"]
@@ -72,7 +83,7 @@ def export_run(
         normalization=None if known is None else (known.mean, known.std),
         metadata=metadata,
         float16=float16,
-        data=_data(recipe, data_root, None if float16 else EXPORT_IMAGES),
+        data=_data(run, recipe, data_root, None if float16 else EXPORT_IMAGES),
         kept_float=build_model(recipe)[1].kept_float,
     )
 
@@ -104,7 +115,8 @@ def verify_run(
     if images is not None and images < 1:
         raise ConfigError(f"the number of images must be at least 1, not {images}.")
     model = load_run(path, averaged=averaged)
-    recipe = RunDirectory(path).read_recipe()
+    run = RunDirectory(path)
+    recipe = run.read_recipe()
     try:
         data = np.fromfile(resolve(file), np.uint8)
     except OSError as error:
@@ -115,7 +127,7 @@ def verify_run(
         data,
         example_input(recipe),
         float16=bool(metadata.get("float16")),
-        data=_data(recipe, data_root, images),
+        data=_data(run, recipe, data_root, images),
         int8=int8,
     )
 
@@ -123,27 +135,26 @@ def verify_run(
 class _Images:
     """Evaluation images in batches, as often as they are wanted."""
 
-    def __init__(self, images: ImageData, count: int, recipe: Recipe) -> None:
-        self.images, self.count, self.recipe = images, count, recipe
+    def __init__(self, images: Images, recipe: Recipe) -> None:
+        self.images, self.recipe = images, recipe
 
     def __iter__(self) -> Iterator[Batch]:
-        left = self.count
         for inputs, labels in evaluation_batches(self.images, self.recipe, "cpu").epoch(0):
             for start in range(0, len(inputs), 100):  # what is kept of every layer is large
-                if left > 0:
-                    part = slice(start, min(start + 100, start + left))
-                    yield inputs[part].contiguous(), labels[part]
-                    left -= len(labels[part])
+                part = slice(start, start + 100)
+                yield inputs[part].contiguous(), labels[part]
 
 
-def _data(recipe: Recipe, root: str | Path | None, images: int | None) -> Data | None:
+def _data(run: RunDirectory, recipe: Recipe, root: str | Path | None, images: int | None) -> Data | None:
     """The test images of a recipe, where they are at hand, and what to call them."""
     if root is None and recipe.data.name not in _EMBEDDED:
         return None
-    _, evaluation, split = load_data(recipe, root)
+    _, evaluation, split = load_run_data(run, recipe, root)
     count = len(evaluation) if images is None else min(images, len(evaluation))
     if count < 1:
         raise DataError(f"data set '{recipe.data.name}' has no images to verify on.")
-    which = "all" if count == len(evaluation) else f"the first {count:,}"
+    which = "all" if count == len(evaluation) else f"{count:,}" if recipe.data.on_disk else f"the first {count:,}"
     source = f"{which} of the {len(evaluation):,} {split.replace('_', '-')} images of {recipe.data.name}"
-    return source, _Images(evaluation, count, recipe)
+    # As many as an export takes are spread over the classes of files, which come class by class.
+    chosen = torch.arange(count) * len(evaluation) // count if recipe.data.on_disk else torch.arange(count)
+    return source, _Images(evaluation if count == len(evaluation) else evaluation.select(chosen), recipe)

@@ -13,12 +13,14 @@ from abste.runtime.network import Network
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def read_image(path: str | os.PathLike[str], shape: tuple[int, ...]) -> Array:
+def read_image(path: str | os.PathLike[str], shape: tuple[int, ...], resize: int | None = None) -> Array:
     """An image file as pixels between 0 and 1, scaled and cropped about its centre.
 
     Args:
         path: of any format that Pillow reads.
         shape: (C, H, W), C being 1 (grey) or 3 (RGB).
+        resize: scale so that the shorter side has so many pixels, as torchvision's Resize does; by default as few as
+            cover the crop. No less than H and W.
 
     Returns:
         (C, H, W) float32.
@@ -36,7 +38,15 @@ def read_image(path: str | os.PathLike[str], shape: tuple[int, ...]) -> Array:
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image).convert("RGB" if shape[0] == 3 else "L")
-            fitted = ImageOps.fit(upright, (shape[2], shape[1]), Image.Resampling.BILINEAR)
+            height, width = shape[1:]
+            if resize is None:
+                fitted = ImageOps.fit(upright, (width, height), Image.Resampling.BILINEAR)
+            else:
+                shorter = min(upright.size)
+                size = tuple(resize * side // shorter for side in upright.size)
+                left, top = (round((have - want) / 2) for have, want in zip(size, (width, height), strict=True))
+                scaled = upright.resize((size[0], size[1]), Image.Resampling.BILINEAR)
+                fitted = scaled.crop((left, top, left + width, top + height))
             pixels = np.asarray(fitted, np.float32) / 255
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = "it does not exist" if isinstance(error, FileNotFoundError) else "it is no image that Pillow reads"
@@ -53,7 +63,10 @@ def classify(network: Network, path: str | os.PathLike[str]) -> list[tuple[str, 
     """
     if len(network.inputs) != 1 or len(network.outputs) != 1 or len(network.outputs[0].shape) != 1:
         raise FormatError("this network is no image classifier: it must have one input and one vector of logits.")
-    image = read_image(path, network.inputs[0].shape)
+    shape = network.inputs[0].shape
+    resize = network.metadata.get("resize")
+    fits = isinstance(resize, int) and max(shape) <= resize <= 1 << 14
+    image = read_image(path, shape, resize if fits else None)
     if network.normalization is not None:
         mean, std = (values[:, None, None] for values in network.normalization)
         image = (image - mean) / std

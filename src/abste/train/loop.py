@@ -26,7 +26,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
-from abste.data import Augment, Batches
+from abste.data import lost_workers
 from abste.errors import AbsteError, CheckpointError, ConfigError, NonFiniteLossError, RunError
 from abste.train.checkpoint import (
     check_recipe,
@@ -46,11 +46,14 @@ from abste.train.run import (
     as_result,
     build_model,
     count_correct,
+    data_record,
     environment,
     evaluation_batches,
     git_state,
     load_data,
     recalibrated,
+    resolved,
+    training_batches,
     weights_file,
 )
 from abste.train.sizes import check_sizes, image_size, image_sizes, resized
@@ -130,6 +133,7 @@ def fit(
         raise ConfigError(f"max_minutes must be at least 0, not {max_minutes}.")
     started = time.monotonic()
     threads = torch.get_num_threads()
+    recipe = resolved(recipe, data_root)
     fabric = _fabric(recipe, accelerator, devices, strategy, num_nodes)
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if restarts:
@@ -296,27 +300,13 @@ class _Loop:
         if fabric.world_size > 1:
             _on_rank_zero(fabric, lambda: load_data(recipe, data_root)[2])  # one process downloads
         self.train_images, evaluation_images, self.split = load_data(recipe, data_root)
+        self.data = data_record(recipe, self.train_images, evaluation_images, self.split)
         grown = fabric.world_size if settings.scale else 1
         self.batch_size = settings.batch_size * grown  # of all processes
-        self.train = Batches(
-            self.train_images,
-            self.batch_size // fabric.world_size,
-            augment=Augment(
-                crop_padding=recipe.data.crop_padding,
-                crop_fill=recipe.data.crop_fill or "reflect",
-                flip=recipe.data.flip,
-                cutout=recipe.data.cutout,
-            ),
-            seed=settings.seed,
-            device=self.device,
-            channels_last=settings.channels_last,
-            train=True,
-            rank=fabric.global_rank,
-            world_size=fabric.world_size,
-        )
-        self.evaluation = evaluation_batches(
-            evaluation_images, recipe, self.device, fabric.global_rank, fabric.world_size
-        )
+        place = self.device, fabric.global_rank, fabric.world_size
+        self.train = training_batches(self.train_images, recipe, self.batch_size, *place)
+        self.evaluation = evaluation_batches(evaluation_images, recipe, *place)
+        self.unreadable: dict[str, str] = {}  # of all processes, at the last checkpoint
         self.steps_per_epoch = len(self.train)
         self.total_steps = settings.epochs * self.steps_per_epoch
 
@@ -378,6 +368,7 @@ class _Loop:
                 self.fabric,
                 lambda: check_recipe(self.run.recipe, self.run.read_recipe().to_dict(), self.recipe.to_dict()),
             )
+            _on_rank_zero(self.fabric, lambda: self.run.check_data(self.data))
             if self.run.checkpoint.exists():
                 self._restore()
             finished = _on_rank_zero(self.fabric, self.run.read_summary)
@@ -398,6 +389,7 @@ class _Loop:
     def _open_files(self, resume: bool) -> None:
         run = self.run
         write_atomic(run.recipe, self.recipe.to_toml().encode())  # first: it makes the directory a run
+        write_json(run.data, self.data)
         report = str(self.conversion) if self.started is None else f"{self.conversion}\n{self.started['report']}"
         write_atomic(run.conversion, f"{report}\n".encode())
         try:
@@ -468,6 +460,7 @@ class _Loop:
         self.window_images, self.epoch_sums = state["window_images"], list(state["epoch_sums"])
         self.last_training, self.last_evaluation = state["last_training"], state["last_evaluation"]
         self.started, self.taught = state.get("started"), state.get("teacher")
+        self.unreadable = state.get("unreadable", {})
         self.saved_step = self.step
         rank = self.fabric.global_rank
         if rank < processes:  # else there are more now than there were
@@ -496,7 +489,7 @@ class _Loop:
         self.clock = self.saved = self.shown = time.monotonic()
         self.timed_steps, self.timed_seconds, self.latest = 0, 0.0, ""
         try:
-            with self.signals.caught():
+            with self.signals.caught(), lost_workers():
                 if self.started is not None and self.saved_step is None:
                     self._save()  # from here on the run needs no other
                 while self.epoch < recipe.train.epochs:
@@ -506,6 +499,8 @@ class _Loop:
                     self._end_epoch()
                 return self._finish()
         finally:
+            for batches in (self.train, self.evaluation):
+                batches.close()
             if self.writer is not None:
                 with contextlib.suppress(OSError):
                     self.writer.close()
@@ -566,9 +561,9 @@ class _Loop:
             group["lr"] = group["initial_lr"] * factor
         shown = image_size(recipe, self.epoch)
         parts = recipe.train.accumulate or 1
-        size = len(labels) // parts
+        shares = zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
         loss, correct = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-        for number, (some, their) in enumerate(zip(images.split(size), labels.split(size), strict=True), start=1):
+        for number, (some, their) in enumerate(shares, start=1):
             wait = number < parts and self.fabric.world_size > 1  # gradients are exchanged once
             with self.fabric.no_backward_sync(cast(Any, self.model), enabled=wait):
                 logits = self.model(resized(some, shown))
@@ -576,7 +571,8 @@ class _Loop:
                 self.fabric.backward(part)
             with torch.no_grad():
                 loss += part.detach()
-                correct += (logits.argmax(1) == their).sum()
+                likeliest = their if their.ndim == 1 else their.argmax(1)  # of images that are mixed
+                correct += (logits.argmax(1) == likeliest).sum()
         if recipe.optimizer.clip_grad_norm is not None:
             self.fabric.clip_gradients(
                 self.model, self.optimizer, max_norm=recipe.optimizer.clip_grad_norm, error_if_nonfinite=False
@@ -588,7 +584,7 @@ class _Loop:
             # Read by the host only every log_every steps, so that no step waits for the device.
             self.first_bad = torch.where(loss.isfinite(), self.first_bad, self.first_bad.clamp(max=step))
             self.window += torch.stack([loss * len(labels), correct])
-        self.window_images += self.batch_size
+        self.window_images += len(labels) * self.fabric.world_size
         if self.averaged is not None and recipe.average is not None:
             begin = recipe.average.start * self.total_steps
             if step + 1 == self.total_steps or (step >= begin and (step + 1) % recipe.average.every == 0):
@@ -718,7 +714,8 @@ class _Loop:
         """Write the checkpoint, unless there is something wrong with what it would hold."""
         self._check_finite(weights=True)
         self._share_buffers()
-        states: list[Any] = [(random_state(self.device), self.window.cpu())]
+        unreadable = self.train.unreadable | self.evaluation.unreadable
+        states: list[Any] = [(random_state(self.device), self.window.cpu(), unreadable)]
         if self.fabric.world_size > 1:
             gathered: list[Any] = [None] * self.fabric.world_size
             dist.all_gather_object(gathered, states[0])
@@ -730,6 +727,8 @@ class _Loop:
         now = time.monotonic()
         self.seconds += now - self.clock
         self.clock = now
+        for *_, unreadable in states:
+            self.unreadable |= unreadable
         try:
             for file in (self.metrics_file, self.diagnostics_file):
                 if file is not None:
@@ -743,8 +742,8 @@ class _Loop:
             "optimizer": self.raw_optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "precision": self.fabric.strategy.precision.state_dict(),
-            "random": [state for state, _ in states],
-            "window": torch.stack([window for _, window in states]),
+            "random": [state for state, *_ in states],
+            "window": torch.stack([window for _, window, _ in states]),
             "position": {"epoch": self.epoch, "start": self.done, "steps_per_epoch": self.steps_per_epoch},
             "seconds": self.seconds,
             "train_seconds": self.train_seconds,
@@ -757,6 +756,7 @@ class _Loop:
             "last_evaluation": self.last_evaluation,
             "started": self.started,
             "teacher": None if self.teacher is None else self.teacher.record,
+            "unreadable": self.unreadable,
         }
         save_checkpoint(self.run.checkpoint, state)
 
@@ -800,6 +800,8 @@ class _Loop:
             summary["init"] = self.started
         if self.teacher is not None:
             summary["teacher"] = self.teacher.record
+        if recipe.data.on_error == "skip":
+            summary["unreadable"] = {"count": len(self.unreadable), "images": self.unreadable}
         summary |= {
             "train": self.last_training,
             "cost": {

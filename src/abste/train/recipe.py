@@ -83,16 +83,29 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+DATA_FILES = ("folder", "shards")
+"""Data sets of files on disk; the others are held in memory."""
+
+_ONLY_IN_MEMORY = ("crop_padding", "crop_fill", "cutout", "statistics")
+_Pair = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)]
+_Channels = Annotated[list[float], Field(min_length=1, max_length=3)]
+
+
 class DataSection(Section):
-    """The data set and its augmentation. Lengths in pixels."""
+    """The data set and its augmentation. Lengths in pixels.
+
+    ``folder`` and ``shards`` (``abste.data.open_files``) are files on disk, of any size; ``image_shape`` is what is
+    cropped out of them. The keys from ``mean`` on are theirs; ``crop_padding``, ``crop_fill``, ``cutout`` and ``statistics`` are of the others.
+    """
 
     name: str = "cifar10"
     image_shape: Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=3, max_length=3)] = [3, 32, 32]
     """Channels, height, width; checked against the data set."""
-    classes: Annotated[int, Field(gt=0)] = 10
-    holdout: Count = 0
+    classes: Annotated[int, Field(gt=0)] | None = None
+    """10 by default; of files, as many as there are."""
+    holdout: Count | None = None
     """Images of the training set held out, the same for every seed; then every evaluation is on them, none on the test
-    set."""
+    set. None by default; of files that have one split alone, a fifth."""
     crop_padding: Count = 0
     crop_fill: Literal["reflect", "zero"] | None = None
     """What the crop's padding is: the image mirrored (by default), or black pixels, before normalisation."""
@@ -101,12 +114,54 @@ class DataSection(Section):
     statistics: Literal["dataset", "imagenet"] | None = None
     """Mean and standard deviation to normalise with, in training, evaluation and exports: of the data set's training
     pixels (by default), or ImageNet's."""
+    mean: _Channels | None = None
+    """Of pixels divided by 255, per channel; by default ImageNet's."""
+    std: _Channels | None = None
+    resize: Annotated[int, Field(gt=0)] | None = None
+    """Shorter side in evaluation, before the crop; by default 8/7 of the crop's longer side."""
+    scale: _Pair | None = None
+    """Smallest and largest part of an image's area that is cropped in training; by default 0.08 and 1."""
+    ratio: _Pair | None = None
+    """Smallest and largest width of that crop, in heights; by default 3/4 and 4/3."""
+    color_jitter: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=3, max_length=4)] | None = None
+    """Brightness, contrast, saturation and, if wanted, hue."""
+    rand_augment: Annotated[list[Count], Field(min_length=2, max_length=2)] | None = None
+    """Operations and magnitude (0 to 30)."""
+    mixup: Annotated[float, Field(gt=0)] | None = None
+    """Alpha; with ``cutmix`` too, each batch gets one of them."""
+    cutmix: Annotated[float, Field(gt=0)] | None = None
+    workers: Count | None = None
+    """Processes that read images; by default one per CPU, at most 8. No matter how many, the batches are the same."""
+    on_error: Literal["raise", "skip"] | None = None
+    """What to do with an image that cannot be read; "raise" by default. What is skipped is named in summary.json."""
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the data set is files."""
+        return self.name in DATA_FILES
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_in_advance(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("name", "cifar10") in DATA_FILES:
+            return given
+        known = {"classes": 10, "holdout": 0}
+        return {**given, **{key: value for key, value in known.items() if given.get(key) is None}}
 
     @model_validator(mode="after")
-    def _statistics_fit(self) -> DataSection:
+    def _keys_fit(self) -> DataSection:
         if self.statistics == "imagenet" and self.image_shape[0] != 3:
             text = f"has statistics = 'imagenet', which are of 3 channels, and images of {self.image_shape[0]}"
             raise PydanticCustomError("rule", text)
+        names = list(type(self).model_fields)
+        if self.on_disk:
+            wrong = [key for key in _ONLY_IN_MEMORY if getattr(self, key)]
+            owners = "a data set in memory"
+        else:
+            wrong = [key for key in names[names.index("mean") :] if getattr(self, key) is not None]
+            owners = " or ".join(map(repr, DATA_FILES))
+        if wrong:
+            raise PydanticCustomError("rule", f"has {wrong[0]}, which needs name = {owners}, not '{self.name}'")
         return self
 
 
@@ -408,6 +463,8 @@ FREE_KEYS = frozenset(
         "train.threads",
         "diagnostics.every",
         "diagnostics.sample",
+        "data.workers",
+        "data.on_error",  # up to the first image that cannot be read, both compute the same
     }
 )
 

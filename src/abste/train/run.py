@@ -23,14 +23,33 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 import abste.models
-from abste.data import Batches, ImageData, hold_out, load
-from abste.errors import AbsteError, CheckpointError, ConfigError, DataError, RunError
+from abste.data import (
+    FILE_SETS,
+    Augment,
+    Batches,
+    BatchSource,
+    Description,
+    FileBatches,
+    FileSplits,
+    ImageData,
+    ImageFiles,
+    Views,
+    available,
+    describe,
+    hold_out,
+    load,
+    open_files,
+)
+from abste.errors import AbsteError, CheckpointError, ConfigError, DataError, RunError, nearest
 from abste.nn import ConversionReport, convert, recalibrate_batch_norm
 from abste.train.checkpoint import check_state, load_checkpoint
 from abste.train.files import remove_leftovers
 from abste.train.recipe import Recipe, make_recipe
 
 EVALUATION_BATCH = 500
+FILES_EVALUATION_BATCH = 100  # larger images: at 224 pixels, a layer of 64 channels takes 320 MB of them
+
+Images = ImageData | ImageFiles
 
 
 class RunDirectory:
@@ -40,6 +59,7 @@ class RunDirectory:
         self.path = Path(path)
         self.recipe = self.path / "recipe.toml"
         self.checkpoint = self.path / "last.ckpt"
+        self.data = self.path / "data.json"
         self.conversion = self.path / "conversion.txt"
         self.metrics = self.path / "metrics.jsonl"
         self.diagnostics = self.path / "diagnostics.jsonl"
@@ -124,13 +144,35 @@ class RunDirectory:
 
     def read_summary(self) -> dict[str, Any] | None:
         """``summary.json``, or None where the run is unfinished."""
-        try:
-            summary: dict[str, Any] = json.loads(self.summary.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise RunError(f"{self.summary} is damaged: {error}.") from error
-        return summary
+        return _read_json(self.summary)
+
+    def read_data(self) -> dict[str, Any] | None:
+        """``data.json``: what :func:`data_record` says of the run's data; None in runs of earlier versions."""
+        return _read_json(self.data)
+
+    def check_data(self, record: Mapping[str, Any]) -> None:
+        """Refuse to go on with other files than those that the run began with.
+
+        Raises:
+            CheckpointError: images were added, removed, renamed or put into other classes, or normalised otherwise.
+        """
+        known = self.read_data() or record
+        for key, what in (("classes", "classes"), ("fingerprint", "images"), ("mean", "mean"), ("std", "std")):
+            if known.get(key) != record.get(key):
+                raise CheckpointError(
+                    f"{self.path} was begun with other {what} than the data set '{record['name']}' has now; "
+                    "resume with the same files, or start again in another --out."
+                )
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} is damaged: {error}.") from error
+    return table
 
 
 def _reason(error: OSError) -> str:
@@ -150,37 +192,122 @@ def build_model(recipe: Recipe) -> tuple[nn.Module, ConversionReport]:
         ConversionError: the network cannot be binarised as asked.
     """
     arguments = {"num_classes": recipe.data.classes, "in_channels": recipe.data.image_shape[0], **recipe.model.kwargs}
+    arguments = {name: value for name, value in arguments.items() if value is not None}  # classes of files not seen yet
     model = abste.models.create(recipe.model.name, **arguments)
     if recipe.binarize is None:
         return model, ConversionReport(())
     return model, convert(model, **recipe.binarize.arguments(), example_input=example_input(recipe))
 
 
-def load_data(recipe: Recipe, root: str | Path | None) -> tuple[ImageData, ImageData, str]:
-    """``(training images, evaluation images, "test" or "held_out")``.
+def resolved(recipe: Recipe, root: str | Path | None) -> Recipe:
+    """The recipe with what only the files of its data set can tell: their classes, and how many are held out.
+
+    Raises:
+        DataError: see :func:`abste.data.open_files`.
+    """
+    section = recipe.data
+    if not section.on_disk or None not in (section.classes, section.holdout):
+        return recipe
+    train, test = _open(recipe, root)
+    known = {"classes": len(train.classes) if section.classes is None else section.classes, "holdout": section.holdout}
+    if section.holdout is None:  # a fifth, and enough for one image of each class
+        known["holdout"] = max(len(train.classes), round(len(train) / 5)) if test is None else 0
+    return recipe.model_copy(update={"data": section.model_copy(update=known)})
+
+
+def _open(recipe: Recipe, root: str | Path | None) -> FileSplits:
+    section = recipe.data
+    return open_files(section.name, root, channels=section.image_shape[0], mean=section.mean, std=section.std)
+
+
+def load_data(recipe: Recipe, root: str | Path | None) -> tuple[Images, Images, str]:
+    """``(training images, evaluation images, "test" or "held_out")``; images of files are found, not read.
+
+    Args:
+        recipe: as :func:`resolved` gives it.
+        root: the folder of the data set; embedded data needs none.
 
     Raises:
         DataError: the data set is missing, damaged, or not of the shape the recipe says.
         ConfigError: an unknown data set, or a hold-out larger than the training set.
     """
     section = recipe.data
-    train, evaluation = load(section.name, root=root, statistics=section.statistics or "dataset")
-    shape, classes = list(train.images.shape[1:]), len(train.classes)
-    if shape != section.image_shape:
-        raise DataError(
-            f"data set '{section.name}' has images of {shape}, but data.image_shape is {section.image_shape}."
-        )
+    train: Images
+    test: Images | None
+    if section.on_disk:
+        train, test = _open(recipe, root)
+    else:
+        if section.name not in available():
+            known = nearest(section.name, [*available(), *FILE_SETS])
+            raise ConfigError(f"There is no data set named {section.name!r}; {known}")
+        train, test = load(section.name, root=root, statistics=section.statistics or "dataset")
+        shape = list(train.images.shape[1:])
+        if shape != section.image_shape:
+            raise DataError(
+                f"data set '{section.name}' has images of {shape}, but data.image_shape is {section.image_shape}."
+            )
+    classes = len(train.classes)
     if classes != section.classes:
         raise DataError(f"data set '{section.name}' has {classes} classes, but data.classes is {section.classes}.")
     if section.holdout:
         # One split for every seed, so that runs differ in nothing but what the seed is meant to vary.
-        train, evaluation = hold_out(train, section.holdout, seed=0)
-        return train, evaluation, "held_out"
-    return train, evaluation, "test"
+        train, held_out = hold_out(train, section.holdout, seed=0)
+        for name, count in zip(train.classes, torch.bincount(train.labels, minlength=classes).tolist(), strict=True):
+            if not count:
+                raise DataError(
+                    f"no training image of class '{name}' is left beside the {section.holdout} that data.holdout "
+                    "holds out; add images, or hold out fewer."
+                )
+        return train, held_out, "held_out"
+    if test is None:
+        raise DataError(
+            f"{root} has no split named val or test; add one, or hold training images out with data.holdout."
+        )
+    return train, test, "test"
+
+
+def data_record(recipe: Recipe, train: Images, evaluation: Images, split: str) -> dict[str, Any]:
+    """What a run remembers of its data: names, numbers, normalisation, and of files which they are."""
+    record: dict[str, Any] = {
+        "name": train.name,
+        "classes": list(train.classes),
+        "mean": list(train.mean),
+        "std": list(train.std),
+        "images": {"train": len(train), split: len(evaluation)},
+    }
+    if isinstance(train, ImageFiles) and isinstance(evaluation, ImageFiles):
+        record["resize"] = views(recipe).shorter_side
+        record["fingerprint"] = {"train": train.fingerprint(), split: evaluation.fingerprint()}
+    return record
+
+
+def description(run: RunDirectory, recipe: Recipe) -> Description | None:
+    """Class names and normalisation of a run's data, from no other file than its own; None where nobody knows."""
+    record = run.read_data()
+    if record is None:
+        return describe(recipe.data.name, recipe.data.statistics or "dataset")
+    return Description(tuple(record["classes"]), tuple(record["mean"]), tuple(record["std"]))
+
+
+def load_run_data(run: RunDirectory, recipe: Recipe, root: str | Path | None) -> tuple[Images, Images, str]:
+    """As :func:`load_data`, for a network that was trained: whatever files there are now have the classes it knows.
+
+    Raises:
+        DataError: they have others.
+    """
+    found = load_data(recipe, root)
+    known = description(run, recipe)
+    if known is not None and known.classes != found[0].classes:
+        pairs = zip(found[0].classes, known.classes, strict=True)  # as many as data.classes says
+        number, (here, there) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+        raise DataError(
+            f"class {number} is '{here}' in {root}, but '{there}' for run {run.path}; give data of the run's classes."
+        )
+    return found
 
 
 @torch.no_grad()
-def count_correct(model: nn.Module, batches: Batches) -> Tensor:
+def count_correct(model: nn.Module, batches: BatchSource) -> Tensor:
     """Correct answers, summed cross-entropy and number of images, float64 of shape (3,); in eval mode and float32."""
     was_training = model.training
     model.eval()
@@ -200,6 +327,8 @@ def count_correct(model: nn.Module, batches: Batches) -> Tensor:
 def as_result(totals: Tensor) -> dict[str, Any]:
     """Accuracy (0 to 1), mean cross-entropy (without label smoothing) and number of images."""
     correct, loss, images = totals.tolist()
+    if not images:
+        raise DataError("none of the images to evaluate on can be read; see data.on_error.")
     return {"accuracy": correct / images, "loss": loss / images, "images": int(images)}
 
 
@@ -320,38 +449,67 @@ def evaluate(
     """
     model = load_run(path, averaged=averaged)
     recipe = RunDirectory(path).read_recipe()
-    train, images, split = load_data(recipe, data_root)
+    train, images, split = load_run_data(RunDirectory(path), recipe, data_root)
     model.to(device)
     if recalibrate:
         recalibrated(model, recipe, train, device)
     return {"split": split, **as_result(count_correct(model, evaluation_batches(images, recipe, device)))}
 
 
-def evaluation_batches(
-    images: ImageData, recipe: Recipe, device: str | torch.device, rank: int = 0, world_size: int = 1
-) -> Batches:
-    """Every image once, as it is."""
-    return Batches(
-        images,
-        min(EVALUATION_BATCH, len(images)),
-        augment=None,
-        seed=recipe.train.seed,
-        device=device,
-        channels_last=recipe.train.channels_last,
-        rank=rank,
-        world_size=world_size,
-        train=False,
+def views(recipe: Recipe) -> Views:
+    """How a recipe crops and varies images from files.
+
+    Raises:
+        ConfigError: a value that does not fit.
+    """
+    section = recipe.data
+    _, height, width = section.image_shape
+    keys = ("resize", "scale", "ratio", "flip", "color_jitter", "rand_augment", "mixup", "cutmix")
+    given: dict[str, Any] = {key: value for key in keys if (value := getattr(section, key)) is not None}
+    given |= {key: tuple(value) for key, value in given.items() if isinstance(value, list)}
+    return Views((height, width), **given)
+
+
+def training_batches(
+    images: Images, recipe: Recipe, batch_size: int, device: str | torch.device, rank: int = 0, world_size: int = 1
+) -> BatchSource:
+    """The images as a training epoch shows them, this process's share of each batch of ``batch_size``."""
+    section = recipe.data
+    augment = Augment(
+        crop_padding=section.crop_padding,
+        crop_fill=section.crop_fill or "reflect",
+        flip=section.flip,
+        cutout=section.cutout,
+    )
+    return _batches(
+        images, recipe, batch_size // world_size, augment, device=device, rank=rank, world_size=world_size, train=True
     )
 
 
-def recalibrated(model: nn.Module, recipe: Recipe, train: ImageData, device: str | torch.device) -> None:
+def evaluation_batches(
+    images: Images, recipe: Recipe, device: str | torch.device, rank: int = 0, world_size: int = 1
+) -> BatchSource:
+    """Every image once, as it is."""
+    size = min(FILES_EVALUATION_BATCH if isinstance(images, ImageFiles) else EVALUATION_BATCH, len(images))
+    return _batches(images, recipe, size, None, device=device, rank=rank, world_size=world_size, train=False)
+
+
+def _batches(images: Images, recipe: Recipe, size: int, augment: Augment | None, **arguments: Any) -> BatchSource:
+    arguments |= {"seed": recipe.train.seed, "channels_last": recipe.train.channels_last}
+    if isinstance(images, ImageData):
+        return Batches(images, size, augment=augment, **arguments)
+    workers, on_error = recipe.data.workers, recipe.data.on_error or "raise"
+    return FileBatches(images, size, views=views(recipe), workers=workers, on_error=on_error, **arguments)
+
+
+def recalibrated(model: nn.Module, recipe: Recipe, train: Images, device: str | torch.device) -> None:
     """Batch-norm statistics from the training images without augmentation, in place."""
     recalibrate_batch_norm(model, (images for images, _ in evaluation_batches(train, recipe, device).epoch(0)))
 
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions and machine, for the record."""
-    names = ("abste", "torch", "torchvision", "lightning-fabric", "numpy", "scikit-learn")
+    names = ("abste", "torch", "torchvision", "lightning-fabric", "numpy", "pillow", "scikit-learn")
     versions = {}
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):
