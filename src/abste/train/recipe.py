@@ -95,7 +95,8 @@ class DataSection(Section):
     """The data set and its augmentation. Lengths in pixels.
 
     ``folder`` and ``shards`` (``abste.data.open_files``) are files on disk, of any size; ``image_shape`` is what is
-    cropped out of them. The keys from ``mean`` on are theirs; ``crop_padding``, ``crop_fill``, ``cutout`` and ``statistics`` are of the others.
+    cropped out of them. The keys from ``mean`` on are theirs; ``crop_padding``, ``crop_fill``, ``cutout`` and
+    ``statistics`` are of the others.
     """
 
     name: str = "cifar10"
