@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -9,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
 
 from abste.errors import AbsteError, CheckpointError, ConfigError, RunError
-from abste.train import Recipe, fit, load_run
+from abste.train import Recipe, fit, load_recipe, load_run
 from abste.train.distill import Teacher, distillation_loss
 from abste.train.recipe import DistillSection
 from abste.train.run import evaluation_batches, load_data
@@ -154,3 +157,51 @@ def test_a_teacher_of_other_data(tiny: Tiny, teacher: Path, tmp_path: Path) -> N
     (other / "recipe.toml").write_text(text.replace('name = "digits"\n', 'name = "cifar10"\n'))
     with pytest.raises(ConfigError, match=r"has data.name = 'cifar10', but this one 'digits'; a teacher must know"):
         fit(tiny(f"distill.teacher='{other}'"), None, tmp_path / "r")
+
+
+@pytest.fixture
+def downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
+    """torchvision's ResNet-18 with weights of our own, where it keeps what it has downloaded."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    network = torchvision.models.resnet18().eval()
+    file = tmp_path / "hub" / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+    file.parent.mkdir(parents=True)
+    torch.save(network.state_dict(), file)
+    return network
+
+
+def photos(*overrides: str) -> Recipe:
+    return load_recipe("finetune", ["data.classes=1000", "data.holdout=0", "data.image_shape=[3,64,64]", *overrides])
+
+
+def test_a_teacher_of_torchvision(downloaded: torch.nn.Module, tmp_path: Path) -> None:
+    recipe = photos("distill.teacher='torchvision:resnet18'")
+    teacher = Teacher(recipe, torch.device("cpu"), contextlib.nullcontext, lambda module: module)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(images), downloaded(images))
+    file = tmp_path / "hub" / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+    assert teacher.record["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert teacher.record["name"] == "ResNet18_Weights.IMAGENET1K_V1" and teacher.macs > 1e8
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["distill.teacher='torchvision:resnet19'"], r"no classifier named 'resnet19'; did you mean 'resnet1"),
+        (["distill.teacher='torchvision:resnet18:V3'"], r"no weights 'V3' of resnet18"),
+        (["data.classes=10"], r"knows the 1000 classes of ImageNet, but this run has 10 of data set 'folder'"),
+        (["data.mean=[0.5,0.5,0.5]", "data.std=[0.5,0.5,0.5]"], r"leave data\.mean and data\.std out"),
+    ],
+)
+def test_teachers_of_torchvision_that_do_not_fit(changes: list[str], message: str) -> None:
+    recipe = photos("distill.teacher='torchvision:resnet18'", *changes)
+    with pytest.raises(ConfigError, match=message):
+        Teacher(recipe, torch.device("cpu"), contextlib.nullcontext, lambda module: module)
+
+
+def test_a_teacher_that_is_damaged(downloaded: torch.nn.Module, tmp_path: Path) -> None:
+    (tmp_path / "hub" / "hub" / "checkpoints" / "resnet18-f37072fd.pth").write_bytes(b"no weights")
+    recipe = photos("distill.teacher='torchvision:resnet18'")
+    with pytest.raises(ConfigError, match=r"resnet18-f37072fd\.pth cannot be downloaded from https://.* or read"):
+        Teacher(recipe, torch.device("cpu"), contextlib.nullcontext, lambda module: module)

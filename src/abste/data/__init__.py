@@ -17,12 +17,13 @@ from abste.data.batches import Augment, Batches, BatchSource
 from abste.data.files import FileSplits, ImageFiles
 from abste.data.loading import FileBatches, lost_workers
 from abste.data.opening import FILE_SETS, open_files
-from abste.data.sets import DataSet, Description, ImageData, Splits, available, describe, hold_out, load
+from abste.data.sets import IMAGENET, DataSet, Description, ImageData, Splits, available, describe, hold_out, load
 from abste.data.shards import write_shards
 from abste.data.transforms import Views, default_resize
 
 __all__ = [
     "FILE_SETS",
+    "IMAGENET",
     "Augment",
     "BatchSource",
     "Batches",

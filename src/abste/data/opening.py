@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 
 from abste.data.files import EXTENSIONS, TESTS, TRAIN, FileSplits, ImageFiles, Listing, Names
+from abste.data.sets import IMAGENET
 from abste.data.shards import find_shards
 from abste.errors import ConfigError, DataError, nearest
 
 # Of ImageNet's training images, as everywhere in the literature; for grey, their means over the channels.
-_MEAN = {3: (0.485, 0.456, 0.406), 1: (0.449,)}
-_STD = {3: (0.229, 0.224, 0.225), 1: (0.226,)}
+_MEAN = {3: IMAGENET[0], 1: (0.449,)}
+_STD = {3: IMAGENET[1], 1: (0.226,)}
 
 
 def open_files(

@@ -168,9 +168,11 @@ def describe(name: str, statistics: str = "dataset") -> Description | None:
 
 
 _Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+IMAGENET: _Statistics = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Mean and standard deviation of ImageNet's pixels divided by 255, as torchvision's networks have them."""
 _STATISTICS: dict[str, _Statistics | None] = {
     "dataset": None,
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "imagenet": IMAGENET,
 }
 
 

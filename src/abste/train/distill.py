@@ -7,6 +7,8 @@ labels at all.
 
 from __future__ import annotations
 
+import hashlib
+import pickle
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,12 +16,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torchvision.models as tv
 from torch import Tensor, nn
 
-from abste.errors import CheckpointError, ConfigError
+from abste.data import IMAGENET
+from abste.errors import CheckpointError, ConfigError, nearest
 from abste.nn import summary
 from abste.train.recipe import DistillSection, Recipe
 from abste.train.run import open_source
+
+TORCHVISION = "torchvision:"
+"""What begins the name of a teacher that torchvision trained."""
 
 
 def distillation_loss(
@@ -71,22 +78,13 @@ class Teacher:
         prepare: Callable[[nn.Module], nn.Module],
     ) -> None:
         assert recipe.distill is not None
-        source = open_source("distill.teacher", recipe.distill.teacher, recipe)
-        ours = _knowledge(recipe)
-        for key, theirs in _knowledge(source.recipe).items():
-            if theirs != ours[key]:
-                raise ConfigError(
-                    f"distill.teacher = '{recipe.distill.teacher}': that run has {key} = {theirs!r}, but this one "
-                    f"{ours[key]!r}; a teacher must know the same images and classes."
-                )
-        self.record = {
-            "source": recipe.distill.teacher,
-            "file": source.file.name,
-            "sha256": source.sha256,
-            "name": source.recipe.name,
-        }
-        self.macs = int(summary(source.model, (1, *recipe.data.image_shape)).total_macs)
-        module = source.model.requires_grad_(False).to(device)
+        teacher = recipe.distill.teacher
+        if teacher.startswith(TORCHVISION):
+            module, self.record = _of_torchvision(teacher, recipe)
+        else:
+            module, self.record = _of_run(teacher, recipe)
+        self.macs = int(summary(module, (1, *recipe.data.image_shape)).total_macs)
+        module.requires_grad_(False).to(device)
         if recipe.train.channels_last:
             module.to(memory_format=torch.channels_last)
         self._model = prepare(module)
@@ -111,6 +109,67 @@ class Teacher:
                 f"{self.record['source']} now holds {self.record['sha256'][:12]} ({self.record['file']}); put that "
                 "teacher back, or start again in another --out."
             )
+
+
+def _of_run(teacher: str, recipe: Recipe) -> tuple[nn.Module, dict[str, Any]]:
+    source = open_source("distill.teacher", teacher, recipe)
+    ours = _knowledge(recipe)
+    for key, theirs in _knowledge(source.recipe).items():
+        if theirs != ours[key]:
+            raise ConfigError(
+                f"distill.teacher = '{teacher}': that run has {key} = {theirs!r}, but this one {ours[key]!r}; "
+                "a teacher must know the same images and classes."
+            )
+    record = {"source": teacher, "file": source.file.name, "sha256": source.sha256, "name": source.recipe.name}
+    return source.model, record
+
+
+def _of_torchvision(teacher: str, recipe: Recipe) -> tuple[nn.Module, dict[str, Any]]:
+    """A classifier of ImageNet with torchvision's weights, which are downloaded where they are not there yet.
+
+    Its classes are those of ImageNet in the order of their folders, n01440764 and so on. Only their number is checked.
+    """
+    name, _, which = teacher.removeprefix(TORCHVISION).partition(":")
+    known = tv.list_models(module=tv)
+    if name not in known:
+        raise ConfigError(f"distill.teacher: torchvision has no classifier named {name!r}; {nearest(name, known)}")
+    choices = {weights.name: weights for weights in tv.get_model_weights(name)}
+    which = which or next(iter(choices))
+    if which not in choices:
+        raise ConfigError(f"distill.teacher: torchvision has no weights {which!r} of {name}; {nearest(which, choices)}")
+    weights = choices[which]
+    section = recipe.data
+    classes, ours = len(weights.meta["categories"]), recipe.model.kwargs.get("num_classes", section.classes)
+    if not section.on_disk or ours != classes:
+        raise ConfigError(
+            f"distill.teacher = '{teacher}': it knows the {classes} classes of ImageNet, but this run has {ours} of "
+            f"data set '{section.name}'; a teacher must know the same images and classes."
+        )
+    if any(
+        given is not None and given != list(own)
+        for given, own in zip((section.mean, section.std), IMAGENET, strict=True)
+    ):
+        raise ConfigError(
+            f"distill.teacher = '{teacher}' was trained with ImageNet's mean and std; leave data.mean and data.std out."
+        )
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    file = folder / Path(weights.url).name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            torch.hub.download_url_to_file(weights.url, str(file), hash_prefix=file.stem.rpartition("-")[2])
+        state = torch.load(
+            file, map_location="cpu", weights_only=True
+        )  # not as torchvision does: it runs what is in it
+        model = tv.get_model(name, weights=None)
+        model.load_state_dict(state)
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise ConfigError(
+            f"distill.teacher = '{teacher}': {file} cannot be downloaded from {weights.url} or read "
+            f"({' '.join(str(error).split())[:200]}); remove it, or put a whole one there by hand."
+        ) from error
+    return model.eval(), {"source": teacher, "file": file.name, "sha256": digest, "name": str(weights)}
 
 
 def _knowledge(recipe: Recipe) -> dict[str, Any]:

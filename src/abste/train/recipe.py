@@ -387,7 +387,9 @@ class DistillSection(Section):
     """
 
     teacher: str
-    """Directory of the teacher's run, on the same data; ``averaged.safetensors`` in it for the averaged weights."""
+    """Directory of the teacher's run, on the same data; ``averaged.safetensors`` in it for the averaged weights. Or, on
+    ImageNet's images, "torchvision:resnet34"; "torchvision:resnet50:IMAGENET1K_V2" for other weights than the first.
+    """
     alpha: Annotated[float, Field(gt=0, le=1)] = 1.0
     """1 learns from the teacher alone, as ReActNet (arXiv 2003.03488) does."""
     temperature: Annotated[float, Field(gt=0)] = 1.0

@@ -393,7 +393,8 @@ def open_source(key: str, source: str, recipe: Recipe) -> Trained:
     except AbsteError as error:
         raise type(error)(f"{key} = '{source}': {error}") from None
     data = found.recipe.data
-    if recipe.data.holdout and data.name == recipe.data.name and data.holdout != recipe.data.holdout:
+    same = (data.name, data.classes) == (recipe.data.name, recipe.data.classes)  # two folders may both be "folder"
+    if recipe.data.holdout and same and data.holdout != recipe.data.holdout:
         raise ConfigError(
             f"{key} = '{source}': that run was trained with data.holdout = {data.holdout}, and so may have seen "
             f"images that data.holdout = {recipe.data.holdout} holds out; use the same for both."
