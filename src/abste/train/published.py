@@ -1,4 +1,4 @@
-"""Published accuracies on CIFAR-10, to hold a run of a recipe against. Needs pydantic, not torch."""
+"""Published accuracies on CIFAR-10 and ImageNet, to hold a run of a recipe against. Needs pydantic, not torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 from abste.train.recipe import Recipe
 
-Bits = Literal["float", "W1A32", "W1A1"]
+Bits = Literal["float", "W1A32", "W32A1", "W1A1"]
 Kind = Literal["repository", "paper", "abstract", "secondary"]
 
 
@@ -20,7 +20,7 @@ class Published:
         network: a name of ``abste.models``.
         bits: of weights and activations.
         method: as its authors call it.
-        accuracy: top-1 on CIFAR-10's test set, in %.
+        accuracy: top-1 on CIFAR-10's test set or ImageNet's validation set, in %.
         kind: where the number was read: in the authors' repository, in a paper, in its abstract, or at second hand.
         source: which repository or paper.
         epochs: of training, where known.
@@ -43,7 +43,15 @@ TITLES = {
     "resnet20_bireal": "ResNet-20 Bi-Real",
     "vgg_small": "VGG-Small",
 }
-"""What the networks are called in the literature."""
+"""What the networks for CIFAR-10 are called in the literature."""
+
+IMAGENET_TITLES = {
+    "imagenet_resnet18": "ResNet-18",
+    "imagenet_resnet34": "ResNet-34",
+    "imagenet_resnet18_bireal": "Bi-Real net 18",
+    "reactnet_a": "ReActNet-A",
+}
+"""Those for ImageNet."""
 
 _FDA = "arXiv 2103.00841"
 _BEANET = "BEANet, a manuscript on GitHub"
@@ -57,11 +65,12 @@ _BIPER = "edmav4/BiPer"
 _SLB = "SLB's repository, arXiv 2009.08695"
 _ADABIN = "huawei-noah/Efficient-Computing"
 _SURGE = "arXiv 2605.10989"
+_AB_STE = "doi 10.1007/978-3-032-06066-2_8"
 
 PUBLISHED = (
     Published("resnet18", "float", "full precision", 94.8, "paper", _BEANET),
     Published(
-        *("resnet18", "W1A32", "AB-STE (W/A inferred)", 94.6, "abstract", "doi 10.1007/978-3-032-06066-2_8"),
+        *("resnet18", "W1A32", "AB-STE (W/A inferred)", 94.6, "abstract", _AB_STE),
         note="AB-Tanh; that it is W1A32 is inferred",
     ),
     Published("resnet18", "W1A1", "RAD-BNN", 90.5, "paper", _BEANET),
@@ -121,6 +130,20 @@ PUBLISHED = (
     Published("vgg_small", "W1A1", "SURGE", 92.5, "secondary", _SURGE),
     Published("vgg_small", "W1A1", "FDA", 92.54, "paper", _FDA),
     Published("vgg_small", "W1A1", "ReSTE", 92.55, "repository", _RESTE, 1000),
+    Published("imagenet_resnet18", "W1A32", "ReSTE", 67.40, "repository", _RESTE, 250),
+    Published(
+        *("imagenet_resnet18", "W1A32", "AB-STE (all inferred)", 67.96, "abstract", _AB_STE),
+        note="AB-Tanh; the abstract names neither network nor W/A",
+    ),
+    Published("imagenet_resnet18", "W1A1", "ReSTE", 60.88, "repository", _RESTE, 250),
+    Published("imagenet_resnet34", "W1A32", "ReSTE", 70.74, "repository", _RESTE, 250),
+    Published("imagenet_resnet34", "W1A1", "ReSTE", 65.05, "repository", _RESTE, 250),
+    Published("imagenet_resnet18_bireal", "W1A1", "Bi-Real net", 56.4, "repository", "liuzechun/Bi-Real-net", 256),
+    Published(
+        *("reactnet_a", "W32A1", "ReActNet, step 1", 70.11, "secondary", "liuzechun/ReActNet#21", 128),
+        note="weights still float",
+    ),
+    Published("reactnet_a", "W1A1", "ReActNet", 69.5, "repository", "liuzechun/ReActNet", 256, note="in two steps"),
 )
 
 _HEAD = "mostly of the best epoch on the test set, over unknown seeds"
@@ -128,30 +151,35 @@ _HEAD = "mostly of the best epoch on the test set, over unknown seeds"
 
 def published_for(recipe: Recipe) -> list[Published]:
     """What is published for a recipe's network, as wide as in the literature, at the bits the recipe has; rising."""
-    if recipe.data.name != "cifar10" or "width" in recipe.model.kwargs:
+    network, data = recipe.model.name, recipe.data
+    known = (network in TITLES and data.name == "cifar10") or (
+        network in IMAGENET_TITLES and data.on_disk and data.classes == 1000 and data.image_shape == [3, 224, 224]
+    )
+    if not known or "width" in recipe.model.kwargs:
         return []
     binarize = recipe.binarize
     bits: Bits = "float"
     if binarize is not None:
-        if binarize.weights is None:
-            return []
-        bits = "W1A32" if binarize.activations is None else "W1A1"
-    rows = [row for row in PUBLISHED if (row.network, row.bits) == (recipe.model.name, bits)]
+        bits = "W1A32" if binarize.activations is None else "W32A1" if binarize.weights is None else "W1A1"
+    rows = [row for row in PUBLISHED if (row.network, row.bits) == (network, bits)]
     return sorted(rows, key=lambda row: row.accuracy)
 
 
 def overview(width: int) -> str:
     """All that is published, without sources: a paragraph for each network at its bits, in lines of ``width``."""
-    groups: dict[str, list[Published]] = {}
-    for row in PUBLISHED:
-        groups.setdefault(f"  {TITLES[row.network]}, {row.bits}", []).append(row)
-    lines = [textwrap.fill(f"Published accuracy on CIFAR-10 in %, {_HEAD}:", width)]
-    for title, rows in groups.items():
-        rows = sorted(rows, key=lambda row: row.accuracy)
-        # No break between a method and its number.
-        shown = ", ".join(f"{row.method} {row.accuracy}".replace(" ", "\0") for row in rows)
-        wrapped = textwrap.fill(shown, width, initial_indent=f"{title:<28}", subsequent_indent=28 * " ")
-        lines.append(wrapped.replace("\0", " "))
+    lines = []
+    for titles, where in ((TITLES, "CIFAR-10"), (IMAGENET_TITLES, "ImageNet (top-1)")):
+        groups: dict[str, list[Published]] = {}
+        for row in PUBLISHED:
+            if row.network in titles:
+                groups.setdefault(f"  {titles[row.network]}, {row.bits}", []).append(row)
+        lines.append(textwrap.fill(f"Published accuracy on {where} in %, {_HEAD}:", width))
+        for title, rows in groups.items():
+            rows = sorted(rows, key=lambda row: row.accuracy)
+            # No break between a method and its number.
+            shown = ", ".join(f"{row.method} {row.accuracy}".replace(" ", "\0") for row in rows)
+            wrapped = textwrap.fill(shown, width, initial_indent=f"{title:<28}", subsequent_indent=28 * " ")
+            lines.append(wrapped.replace("\0", " "))
     return "\n".join(lines)
 
 
@@ -162,7 +190,9 @@ def comments(recipe: Recipe) -> str:
         return ""
     first = rows[0]
     size = max(len(row.method) for row in rows)
-    lines = [f"# Published for {TITLES[first.network]}, {first.bits}, on CIFAR-10 in %, {_HEAD}:"]
+    where = "CIFAR-10" if first.network in TITLES else "ImageNet (top-1)"
+    title = (TITLES | IMAGENET_TITLES)[first.network]
+    lines = [f"# Published for {title}, {first.bits}, on {where} in %, {_HEAD}:"]
     for row in rows:
         epochs = "" if row.epochs is None else f"{row.epochs} epochs"
         note = f"; {row.note}" if row.note else ""
