@@ -178,7 +178,8 @@ def overview(width: int) -> str:
             rows = sorted(rows, key=lambda row: row.accuracy)
             # No break between a method and its number.
             shown = ", ".join(f"{row.method} {row.accuracy}".replace(" ", "\0") for row in rows)
-            wrapped = textwrap.fill(shown, width, initial_indent=f"{title:<28}", subsequent_indent=28 * " ")
+            indents = {"initial_indent": f"{title:<28}", "subsequent_indent": 28 * " "}
+            wrapped = textwrap.fill(shown, width, break_on_hyphens=False, **indents)
             lines.append(wrapped.replace("\0", " "))
     return "\n".join(lines)
 
