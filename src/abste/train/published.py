@@ -178,8 +178,8 @@ def overview(width: int) -> str:
             rows = sorted(rows, key=lambda row: row.accuracy)
             # No break between a method and its number.
             shown = ", ".join(f"{row.method} {row.accuracy}".replace(" ", "\0") for row in rows)
-            indents = {"initial_indent": f"{title:<28}", "subsequent_indent": 28 * " "}
-            wrapped = textwrap.fill(shown, width, break_on_hyphens=False, **indents)
+            first, rest = f"{title:<28}", 28 * " "
+            wrapped = textwrap.fill(shown, width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
             lines.append(wrapped.replace("\0", " "))
     return "\n".join(lines)
 
