@@ -270,3 +270,8 @@ def test_first_difference() -> None:
         "ab_tanh",
         None,
     )
+
+
+def test_none_is_a_flip_in_overrides_too() -> None:
+    for overrides in (["data.flip=none"], {"data.flip": "none"}):
+        assert load_recipe("cifar10-resnet20-float", overrides).data.flip == "none"

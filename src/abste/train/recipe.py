@@ -110,7 +110,7 @@ class DataSection(Section):
     crop_padding: Count = 0
     crop_fill: Literal["reflect", "zero"] | None = None
     """What the crop's padding is: the image mirrored (by default), or black pixels, before normalisation."""
-    flip: Literal["none", "random", "alternating"] = "none"
+    flip: Annotated[Literal["none", "random", "alternating"], BeforeValidator(_none_is_a_word)] = "none"
     cutout: Count = 0
     statistics: Literal["dataset", "imagenet"] | None = None
     """Mean and standard deviation to normalise with, in training, evaluation and exports: of the data set's training
