@@ -154,5 +154,7 @@ def test_slowest_node_is_seen() -> None:
         ),
     ]
     for isa in ISAS:
-        profile = loaded(plan(Graph(values, nodes)), isa).profile(np.ones((3, 2, 1, 1), np.float32), threads=1)
-        assert profile.nodes.argmax() == 2 and profile.nodes[2] > 0.8 * profile.nodes.sum()
+        network = loaded(plan(Graph(values, nodes)), isa)
+        # Of several, lest the system took a while for itself in the middle of another node.
+        times = np.min([network.profile(np.ones((3, 2, 1, 1), np.float32), threads=1).nodes for _ in range(7)], axis=0)
+        assert times.argmax() == 2 and times[2] > 0.8 * times.sum()
