@@ -179,13 +179,11 @@ class Setting:
         """OpenVINO's binary convolutions by its own clock, which has a resolution of 1 us."""
         if not any(peer.name == "openvino-binary" and not peer.missing() for peer in self.engines):
             return
-        import openvino
-
         from abste.bench.as_openvino import as_openvino
 
         options = {**peers.openvino_options(self.threads), "PERF_COUNT": True}
         model = as_openvino(unpack(graph, "bits"), self.batch)
-        request = openvino.compile_model(model, "CPU", options).create_infer_request()
+        request = peers.openvino_core().compile_model(model, "CPU", options).create_infer_request()
         found = self.nodes["openvino-binary/nodes"] = []
 
         def run() -> None:

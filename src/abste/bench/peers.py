@@ -156,6 +156,18 @@ def _onnxruntime(case: Case, form: str = "") -> Run:
     return run
 
 
+@functools.cache
+def openvino_core() -> Any:
+    """OpenVINO's core, kept until the process ends.
+
+    Its CPU plugin gives the thread an alternate signal stack and, when it goes, frees it without telling the system:
+    the next signal that Python handles, a Ctrl-C or the end of a child, would then kill the process.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 def openvino_options(threads: int, precision: str = "f32") -> dict[str, Any]:
     """What OpenVINO's CPU plugin is told: the threads, and not to compute in another precision than asked for."""
     return {
@@ -167,8 +179,7 @@ def openvino_options(threads: int, precision: str = "f32") -> dict[str, Any]:
 
 
 def _openvino(case: Case, precision: str = "f32", form: str = "", binary: bool = False) -> Run:
-    import openvino
-
+    core = openvino_core()
     if binary:
         from abste.bench.as_openvino import as_openvino
 
@@ -177,8 +188,8 @@ def _openvino(case: Case, precision: str = "f32", form: str = "", binary: bool =
             raise ConfigError("the network has no layer that its BinaryConvolution could run.")
         model: Any = as_openvino(plain, len(case.x))
     else:
-        model = openvino.Core().read_model(case.quantized(form) if form else case.onnx)
-    request = openvino.compile_model(model, "CPU", openvino_options(case.threads, precision)).create_infer_request()
+        model = core.read_model(case.quantized(form) if form else case.onnx)
+    request = core.compile_model(model, "CPU", openvino_options(case.threads, precision)).create_infer_request()
     feed = [case.x]
 
     def run() -> Array:

@@ -7,6 +7,7 @@ import contextlib
 import multiprocessing.util  # noqa: F401 (its exit handler, which ends workers, must be registered before ours)
 import os
 import signal
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator
@@ -267,8 +268,11 @@ def lost_workers() -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if not isinstance(error, RuntimeError):  # it died while it handed a batch over; torch will hear of it now
+            with contextlib.suppress(RuntimeError):
+                time.sleep(1)
+        elif "DataLoader worker" not in str(error):
             raise
         raise DataError(
             "A process that reads images was lost (killed, or out of memory or shared memory, /dev/shm); "
