@@ -29,9 +29,9 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 import abste.errors
-from abste.data import FileBatches, FileSplits, ImageFiles, Views, open_files, write_shards
+from abste.data import IMAGENET, FileBatches, FileSplits, ImageFiles, Views, open_files, write_shards
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEAN, STD = IMAGENET
 
 
 def make_pictures(root: Path, count: int = 512) -> None:

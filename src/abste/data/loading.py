@@ -28,6 +28,9 @@ ON_ERROR = ("raise", "skip")
 _COIN, _ORDER, _VIEW, _MIX = 0, 1, 2, 3  # uses of the seed; the first two are those of Batches
 _TRIES = 100  # images in a row that cannot be read before the data set is given up
 
+_LOST = "DataLoader worker"
+"""What torch's message about a lost worker begins with."""
+
 Place = tuple[int, int]
 """Epoch and batch."""
 
@@ -205,7 +208,7 @@ class FileBatches(BatchSource):
             if turn != self._turn:
                 raise ConfigError("An epoch of files was begun while another was read; read one at a time.")
             with lost_workers():
-                read = next(reads)
+                read = _next(reads)
             self._note(read, epoch, step)
             if not len(read.labels):
                 continue  # all of a batch was left out
@@ -259,6 +262,14 @@ def default_workers() -> int:
     return max(1, min(8, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
+def _next(reads: Iterator[_Read]) -> _Read:
+    try:
+        return next(reads)
+    except (ConnectionError, EOFError) as error:  # of a worker that died while it handed a batch over
+        time.sleep(1)  # torch hears from the system that it did, about now, and then says so right here
+        raise RuntimeError(f"{_LOST} is gone") from error
+
+
 @contextlib.contextmanager
 def lost_workers() -> Iterator[None]:
     """Says in a sentence what torch says when a worker was killed, which it may at any moment in here.
@@ -268,11 +279,8 @@ def lost_workers() -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        if not isinstance(error, RuntimeError):  # it died while it handed a batch over; torch will hear of it now
-            with contextlib.suppress(RuntimeError):
-                time.sleep(1)
-        elif "DataLoader worker" not in str(error):
+    except RuntimeError as error:
+        if _LOST not in str(error):
             raise
         raise DataError(
             "A process that reads images was lost (killed, or out of memory or shared memory, /dev/shm); "

@@ -144,7 +144,7 @@ def fit(
     run = RunDirectory(out)
     resume = resume or (restarts > 0 and run.exists())  # torchrun starts workers again with the arguments of the first
     try:
-        with contextlib.ExitStack() as stack, _lost_workers(fabric, run):
+        with contextlib.ExitStack() as stack, _lost_processes(fabric, run):
             _on_rank_zero(fabric, lambda: stack.enter_context(run.owned(resume)))
             show = Progress(progress and fabric.is_global_zero)
             loop = _Loop(fabric, recipe, run, data_root, show, fresh=not (resume and run.begun()))
@@ -212,7 +212,7 @@ def _join_again(fabric: Fabric, restarts: int) -> None:
 
 
 @contextlib.contextmanager
-def _lost_workers(fabric: Fabric, run: RunDirectory) -> Iterator[None]:
+def _lost_processes(fabric: Fabric, run: RunDirectory) -> Iterator[None]:
     """One sentence where communication fails, as it does for all that are left once a process has died."""
     try:
         yield
@@ -300,7 +300,7 @@ class _Loop:
         if fabric.world_size > 1:
             _on_rank_zero(fabric, lambda: load_data(recipe, data_root)[2])  # one process downloads
         self.train_images, evaluation_images, self.split = load_data(recipe, data_root)
-        self.data = data_record(recipe, self.train_images, evaluation_images, self.split)
+        self.data_record = data_record(recipe, self.train_images, evaluation_images, self.split)
         grown = fabric.world_size if settings.scale else 1
         self.batch_size = settings.batch_size * grown  # of all processes
         place = self.device, fabric.global_rank, fabric.world_size
@@ -368,7 +368,7 @@ class _Loop:
                 self.fabric,
                 lambda: check_recipe(self.run.recipe, self.run.read_recipe().to_dict(), self.recipe.to_dict()),
             )
-            _on_rank_zero(self.fabric, lambda: self.run.check_data(self.data))
+            _on_rank_zero(self.fabric, lambda: self.run.check_data(self.data_record))
             if self.run.checkpoint.exists():
                 self._restore()
             finished = _on_rank_zero(self.fabric, self.run.read_summary)
@@ -389,7 +389,7 @@ class _Loop:
     def _open_files(self, resume: bool) -> None:
         run = self.run
         write_atomic(run.recipe, self.recipe.to_toml().encode())  # first: it makes the directory a run
-        write_json(run.data, self.data)
+        write_json(run.data, self.data_record)
         report = str(self.conversion) if self.started is None else f"{self.conversion}\n{self.started['report']}"
         write_atomic(run.conversion, f"{report}\n".encode())
         try:

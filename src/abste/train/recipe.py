@@ -106,7 +106,7 @@ class DataSection(Section):
     """10 by default; of files, as many as there are."""
     holdout: Count | None = None
     """Images of the training set held out, the same for every seed; then every evaluation is on them, none on the test
-    set. None by default; of files that have one split alone, a fifth."""
+    set. 0 by default; of files that have one split alone, a fifth."""
     crop_padding: Count = 0
     crop_fill: Literal["reflect", "zero"] | None = None
     """What the crop's padding is: the image mirrored (by default), or black pixels, before normalisation."""
