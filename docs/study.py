@@ -80,7 +80,8 @@ def contrasts(report: Report) -> str:
         for arm in setting["arms"]:
             gap, p = arm["difference"], arm["p_holm"]
             known = gap is not None and gap["low"] is not None
-            cells = [f"{gap['mean']:+.2f} ({gap['low']:+.2f} to {gap['high']:+.2f})", f"{p:.3f}"] if known else ["", ""]
+            chance = "" if not known else "< 0.001" if p < 0.001 else f"{p:.3f}"
+            cells = [f"{gap['mean']:+.2f} ({gap['low']:+.2f} to {gap['high']:+.2f})" if known else "", chance]
             body.append([f"`{arm['arm']}`", str(len(arm["accuracies"])), value(arm), *cells])
         parts.append(rows([TITLES[setting["setting"]], "n", "accuracy, %", "difference to `ste`, points", "p"], *body))
         if setting["detectable"] is not None:
