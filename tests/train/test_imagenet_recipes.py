@@ -19,6 +19,7 @@ from abste.train.recipe import builtin_recipes
 from abste.train.run import build_model
 
 NAMES = [name for name in builtin_recipes() if name.startswith("imagenet-")]
+SMALLER = ["imagenette-resnet18-w1a1", "imagenette-resnet18-w1a32"]
 IMAGES, PEAK, SHARE, SCALING = 1_281_167, 312e12, 0.15, 0.9
 COMMON = {"name": "folder", "image_shape": [3, 224, 224], "classes": 1000, "holdout": 0, "flip": "random"}
 RESTE = {"name": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 1e-4, "decay_norms": True}
@@ -110,11 +111,13 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *SMALLER])
 def test_it_trains(name: str, photos: Path, tmp_path: Path) -> None:
     """Some steps at 32 pixels; without the teacher, which would be downloaded, and step 2 without step 1."""
     small = ["data.classes=2", "data.image_shape=[3,32,32]", "data.resize=36", "data.workers=0", "model.kwargs.width=8"]
     short = ["train.epochs=2", "train.batch_size=4", "train.threads=1", "distill=none", "init=none"]
+    if name in SMALLER:
+        short += ["data.image_shape=[3,64,64]", "data.resize=72", "train.image_sizes=[[0,32],[0.5,64]]"]
     recipe = load_recipe(name, [*small, *short])
     summary = fit(recipe, photos, tmp_path / "run", progress=False)
     assert summary["finished"] and summary["cost"]["steps"] == 4 and summary["test"]["images"] == 8
