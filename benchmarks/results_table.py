@@ -1,7 +1,7 @@
-"""Write README's table of results from results/*/summary.json.
+"""Write the tables of results in README.md and docs/imagenet.md from results/*/summary.json.
 
-    python benchmarks/results_table.py            # rewrites what stands between the markers in README.md
-    python benchmarks/results_table.py --check    # changes nothing; exits 1 where README is not up to date
+    python benchmarks/results_table.py            # rewrites what stands between the markers in both
+    python benchmarks/results_table.py --check    # changes nothing; exits 1 where one is not up to date
     python benchmarks/results_table.py --held-out --results results/ablations/NAME   # that folder's own README
 
 A run is listed where its summary has a test accuracy: runs scored on held-out training images are not results.
@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = {ROOT / "README.md": "cifar10", ROOT / "docs" / "imagenet.md": "folder"}
+"""The pages with a table, and the data set whose runs it has."""
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 # What CIFAR-10 runs of the shipped recipes must reach, in percent, by network and W/A. The STE control has a floor of
@@ -67,7 +70,7 @@ def described(run: str, summary: dict[str, Any]) -> dict[str, Any]:
     if "averaged" in summary:
         accuracy += f" (averaged weights: {100 * summary['averaged']['test']['accuracy']:.2f})"
     return {
-        "Run": f"[{run}](results/{run})",
+        "Run": run,
         "Network": network,
         "W/A": wa,
         "Estimator": name,
@@ -87,7 +90,7 @@ def ablated(run: str, summary: dict[str, Any]) -> dict[str, Any]:
     optimizer = recipe["optimizer"]
     latent_lr = optimizer.get("latent_lr")
     return {
-        "Run": f"[{run}]({run})",
+        "Run": run,
         "W/A": bits(recipe.get("binarize") or {}),
         "Estimator": estimator(recipe.get("binarize") or {}),
         "Latents' learning rate": optimizer["lr"] if latent_lr is None else latent_lr,
@@ -100,9 +103,9 @@ def ablated(run: str, summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(
-    summaries: dict[str, dict[str, Any]], describe: Callable[[str, dict[str, Any]], dict[str, Any]] = described
+    summaries: dict[str, dict[str, Any]], describe: Callable[[str, dict[str, Any]], dict[str, Any]], folder: Path
 ) -> str:
-    """The Markdown between the markers, from summaries by the name of their run."""
+    """The Markdown between the markers, from summaries by the name of their run, a directory in `folder`."""
     if not summaries:
         return "No run is committed yet."
     order = ["32/32", "1/32", "1/1"]
@@ -111,47 +114,55 @@ def table(
     machines = list(dict.fromkeys(row["Machine"] for row in rows))
     for row in rows:
         row["Machine"] = machines.index(row["Machine"]) + 1
-    columns = list(rows[0])
+        row["Run"] = f"[{row['Run']}]({(folder / row['Run']).as_posix()})"
+    columns = [column for column in rows[0] if any(row[column] != "" for row in rows)]
     rule = ["---:" if column in RIGHT else "---" for column in columns]
-    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (columns, rule, *(row.values() for row in rows))]
+    cells = [columns, rule, *([str(row[column]) for column in columns] for row in rows)]
+    lines = [f"| {' | '.join(each)} |" for each in cells]
     notes = [f"Machine {number}: {where}." for number, where in enumerate(machines, 1)]
     return "\n".join([*lines, "", "  \n".join(notes)])
 
 
-def replaced(text: str, block: str) -> str:
-    """README's text with `block` between its markers."""
+def replaced(text: str, block: str, page: Path) -> str:
+    """The page's text with `block` between its markers."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise SystemExit(f"results_table: README has no {BEGIN} ... {END}.")
+        raise SystemExit(f"results_table: {page.name} has no {BEGIN} ... {END}.")
     return f"{before}{BEGIN}\n{block}\n{END}{after}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="only say whether README is up to date")
+    parser.add_argument("--check", action="store_true", help="only say whether the pages are up to date")
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of run directories")
-    parser.add_argument(
-        "--readme", type=Path, help="file with the markers (default: README.md, --held-out: in the folder)"
-    )
+    parser.add_argument("--readme", type=Path, help="one page with the markers, in place of the project's own")
+    parser.add_argument("--data", default="cifar10", help="the runs for --readme: on this data set (default: cifar10)")
     parser.add_argument("--held-out", action="store_true", help="list the runs that were scored on held-out images")
     arguments = parser.parse_args()
     split, describe = ("held_out", ablated) if arguments.held_out else ("test", described)
-    readme = arguments.readme or (arguments.results if arguments.held_out else ROOT) / "README.md"
     found = {file.parent.name: json.loads(file.read_text("utf-8")) for file in arguments.results.glob("*/summary.json")}
-    summaries = {run: summary for run, summary in sorted(found.items()) if split in summary}
-    old = readme.read_text(encoding="utf-8")
-    new = replaced(old, table(summaries, describe))
-    if arguments.check:
-        if old != new:
-            print(
-                f"{readme.name}'s results are not those of its runs: run python benchmarks/results_table.py.",
-                file=sys.stderr,
-            )
-        return int(old != new)
-    readme.write_text(new, encoding="utf-8")
-    print(f"{readme.name}: {len(summaries)} runs")
-    return 0
+    pages = PAGES
+    if arguments.held_out or arguments.readme:
+        pages = {arguments.readme or arguments.results / "README.md": arguments.data}
+    stale = False
+    for page, data in pages.items():
+        summaries = {
+            run: summary
+            for run, summary in sorted(found.items())
+            if split in summary and summary["recipe"]["data"]["name"] == data
+        }
+        old = page.read_text(encoding="utf-8")
+        folder = Path(os.path.relpath(arguments.results, page.parent))
+        new = replaced(old, table(summaries, describe, folder), page)
+        stale = stale or old != new
+        if not arguments.check:
+            page.write_text(new, encoding="utf-8")
+            print(f"{page.name}: {len(summaries)} runs")
+        elif old != new:
+            command = "run python benchmarks/results_table.py."
+            print(f"{page.name}'s results are not those of its runs: {command}", file=sys.stderr)
+    return int(arguments.check and stale)
 
 
 if __name__ == "__main__":

@@ -95,4 +95,4 @@ def test_readme_without_markers(repo_root: Path, folder: Path) -> None:
     (folder / "README.md").write_text("nothing\n")
     done = _run(repo_root, "--results", folder / "results", "--readme", folder / "README.md")
     assert done.returncode == 1
-    assert "README has no" in done.stderr
+    assert "README.md has no" in done.stderr
