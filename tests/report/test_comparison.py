@@ -14,6 +14,7 @@ from abste.report import Comparison, Finished, compare_runs, make_study
 SEEDS = [0, 1, 2, 3, 4]
 NOISE = [0.3, -0.2, 0.1, -0.4, 0.2]  # of a seed, the same for all arms: pairs cancel it
 WOBBLE = [0.05, -0.05, 0.02, 0.0, -0.02]
+COST = {"cost": {"epochs": 4, "estimated_training_flops": 1.5e13}}
 
 
 def comparison(
@@ -42,7 +43,10 @@ def comparison(
             turn = sorted(offsets).index(planned.arm)
             wobble = WOBBLE[(i + turn) % 5]
             accuracy = 70 + offsets[planned.arm] + scales[planned.lr_scale] + NOISE[i] + wobble
-            summary = {"git": {"commit": "0123456789abcdef", "modified": False}, "environment": {"cpu": "abacus"}}
+            summary = COST | {
+                "git": {"commit": "0123456789abcdef", "modified": False},
+                "environment": {"cpu": "abacus"},
+            }
             runs.append(Finished(planned, "held_out", accuracy, 10.0 * (1 + turn), summary))
     return compare_runs(made, runs, len(made.plan()))
 
@@ -97,6 +101,7 @@ def test_one_seed_is_a_run() -> None:
 def test_each_arm_at_its_best_learning_rate() -> None:
     result = comparison({"ste": 0.0, "x": 0.0}, lr_scale={0.5: -1.0, 1.0: 0.0, 2.0: 0.5})
     assert {arm.arm: arm.lr_scale for arm in result.settings[0].arms} == {"ste": 2.0, "x": 2.0}
+    assert [(arm.epochs, arm.training_flops) for arm in result.settings[0].arms] == [(4, 1.5e13)] * 2
     assert result.settings[0].arms[0].by_lr_scale == pytest.approx({0.5: 69.0, 1.0: 70.0, 2.0: 70.5}, abs=0.05)
     assert "| x 2 |" in str(result)
 
@@ -108,7 +113,7 @@ def test_arms_with_fewer_seeds_are_compared_at_theirs() -> None:
     half = compare_runs(
         made.study,
         [
-            Finished(planned, "held_out", 70.0 + planned.seed, 1.0, {})
+            Finished(planned, "held_out", 70.0 + planned.seed, 1.0, COST)
             for planned in made.study.plan()
             if planned.arm == "ste" or planned.seed < 2
         ],

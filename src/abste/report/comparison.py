@@ -19,7 +19,8 @@ class ArmResult:
     """One arm in one setting, at its best learning rate.
 
     Accuracies are those of the last epoch, in per cent; ``difference`` is to the control's at the same seeds, in
-    points, and ``p_holm`` is adjusted for the number of arms in the setting.
+    points, and ``p_holm`` is adjusted for the number of arms in the setting. ``epochs`` and ``training_flops`` are
+    those of one run.
     """
 
     setting: str
@@ -33,6 +34,8 @@ class ArmResult:
     difference: Paired | None
     p_holm: float | None
     by_lr_scale: dict[float, float]
+    epochs: float
+    training_flops: float
 
 
 @dataclass(frozen=True)
@@ -142,8 +145,10 @@ def _setting(study: Study, name: str, runs: Sequence[Finished]) -> SettingResult
             difference=differences.get(arm),
             p_holm=adjusted.get(arm),
             by_lr_scale=means,
+            epochs=found[0].summary["cost"]["epochs"],
+            training_flops=found[0].summary["cost"]["estimated_training_flops"],
         )
-        for arm, (scale, _, means) in chosen.items()
+        for arm, (scale, found, means) in chosen.items()
     ]
     shape = {
         arm: difference
