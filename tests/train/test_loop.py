@@ -377,6 +377,12 @@ def test_what_does_not_fit_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("override", ["model.name=resnet9", "model.kwargs.wdth=4"])
+def test_a_wrong_network_is_told_before_images_are_looked_for(tmp_path: Path, override: str) -> None:
+    with pytest.raises(ConfigError, match="did you mean"):
+        fit(load_recipe("finetune", [override]), tmp_path / "no images", tmp_path / "run")
+
+
 def test_devices_that_are_not_there(tiny: Tiny, tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="these devices cannot be used"):

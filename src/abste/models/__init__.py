@@ -40,6 +40,7 @@ __all__ = [
     "ReActNet",
     "VGGSmall",
     "available",
+    "check",
     "create",
     "imagenet_resnet18",
     "imagenet_resnet18_bireal",
@@ -97,11 +98,20 @@ def create(name: str, **kwargs: object) -> nn.Module:
     Raises:
         ConfigError: the name or an argument is unknown, or an argument has an impossible value.
     """
+    check(name, *kwargs)
+    return _MODELS[name](**kwargs)
+
+
+def check(name: str, *arguments: str) -> None:
+    """Whether there is a network called `name` that takes these arguments.
+
+    Raises:
+        ConfigError: there is none, or it takes others.
+    """
     builder = _MODELS.get(name)
     if builder is None:
         raise ConfigError(f"unknown model {name!r}: {nearest(name, _MODELS)}")
     known = inspect.signature(builder).parameters
-    for key in kwargs:
+    for key in arguments:
         if key not in known:
             raise ConfigError(f"model {name!r} takes no argument {key!r}: {nearest(key, known)}")
-    return builder(**kwargs)

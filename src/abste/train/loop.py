@@ -26,6 +26,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
+from abste import models
 from abste.data import lost_workers
 from abste.errors import AbsteError, CheckpointError, ConfigError, NonFiniteLossError, RunError
 from abste.train.checkpoint import (
@@ -131,6 +132,7 @@ def fit(
     """
     if max_minutes is not None and not max_minutes >= 0:
         raise ConfigError(f"max_minutes must be at least 0, not {max_minutes}.")
+    models.check(recipe.model.name, *recipe.model.kwargs)  # before data is looked for, or downloaded
     started = time.monotonic()
     threads = torch.get_num_threads()
     recipe = resolved(recipe, data_root)
