@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 
 # Everything in benchmarks/ but the script that only writes README's table, what scripts share, what needs CIFAR-10, and
 # what takes hours.
-BENCHMARKS = $(filter-out benchmarks/results_table.py benchmarks/processes.py benchmarks/inference.py benchmarks/_%.py,$(sort $(wildcard benchmarks/*.py)))
+BENCHMARKS = $(filter-out benchmarks/processes.py benchmarks/inference.py benchmarks/_%.py,$(sort $(wildcard benchmarks/*.py)))
 
 .PHONY: help quickstart install test test-slow fuzz lint format typecheck bench bench-inference clean
 .DELETE_ON_ERROR:

@@ -1,13 +1,13 @@
-"""Fill the tables of docs/results.md: our runs beside what is published for the same network at the same bits.
+"""Fill the tables of results in README.md, docs/results.md and docs/imagenet.md.
 
-python docs/results.py            # from results/*/summary.json and results/studies/*/*.json
+python docs/results.py            # from results/*/summary.json, results/studies/*/*.json and the published accuracies
 python docs/results.py --check    # exit 1 where a table is not what those say
 """
 
 from __future__ import annotations
 
 import json
-import re
+import os
 import statistics
 import sys
 from collections.abc import Iterator
@@ -15,18 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from _tables import fill, table
+
 from abste import models
 from abste.nn import summary
 from abste.report import load_study
-from abste.train.published import PUBLISHED, TITLES
+from abste.train.published import PUBLISHED, TITLES, Published
 from abste.train.recipe import Recipe, load_recipe
 
 DOCS = Path(__file__).parent
-PAGE = DOCS / "results.md"
-RESULTS = DOCS.parent / "results"
-STUDIES = DOCS.parent / "studies"
+ROOT = DOCS.parent
+PAGES = (ROOT / "README.md", DOCS / "results.md", DOCS / "imagenet.md")
+RESULTS = ROOT / "results"
 IMAGES = 50_000
-HEAD = ["method", "accuracy, %", "epochs", "PFLOP", "seeds", "where"]
+HEAD = ["method", "accuracy, %", "epochs", "PFLOP", "seeds"]
 
 
 @dataclass(frozen=True)
@@ -36,90 +38,138 @@ class Ours:
     recipe: Recipe
     accuracies: list[float]
     flops: float
-    where: str
+    path: Path
+    """The run's directory, or the study's report."""
+    arm: str = ""
+
+    @property
+    def accuracy(self) -> float:
+        return statistics.fmean(self.accuracies)
+
+    @property
+    def bits(self) -> str:
+        binarize = self.recipe.binarize
+        if binarize is None or not (binarize.weights or binarize.activations):
+            return "float"
+        return "W1A1" if binarize.activations and binarize.weights else "W1A32" if binarize.weights else "W32A1"
 
     @property
     def method(self) -> str:
         binarize = self.recipe.binarize
         sides = [] if binarize is None else [side for side in (binarize.weights, binarize.activations) if side]
-        names = list(dict.fromkeys(side if isinstance(side, str) else _text(side) for side in sides))
+        names = [f"`{name}`" for name in dict.fromkeys(_text(side) for side in sides)]
+        estimators = names[0] if len(names) == 1 else f"W {names[0]}, A {names[1]}" if names else "full precision"
         optimizer = "" if self.recipe.optimizer.name == "sgd" else f", {self.recipe.optimizer.name.capitalize()}"
-        return f"**abste**: {' and '.join(f'`{name}`' for name in names) or 'full precision'}{optimizer}"
+        return f"**abste**: {estimators}{optimizer}"
 
     @property
     def row(self) -> list[str]:
-        accuracy, seeds = f"{statistics.fmean(self.accuracies):.2f}", "single run"
+        accuracy, seeds = f"{self.accuracy:.2f}", "single run"
         if len(self.accuracies) > 1:
             accuracy, seeds = f"{accuracy} ± {statistics.stdev(self.accuracies):.2f}", str(len(self.accuracies))
         epochs = f"{self.recipe.train.epochs:g}"
-        return [self.method, accuracy, epochs, f"{self.flops / 1e15:.2f}", seeds, self.where]
+        return [self.method, accuracy, epochs, f"{self.flops / 1e15:.2f}", seeds]
+
+    def link(self, page: Path) -> str:
+        """Where it is, as seen from a page."""
+        name = self.path.relative_to(RESULTS).with_suffix("").as_posix().removeprefix("studies/")
+        link = f"[{name}]({Path(os.path.relpath(self.path, page.parent)).as_posix()})"
+        return f"{link}, {self.arm}" if self.arm else link
 
 
 def _text(spec: Any) -> str:
+    if isinstance(spec, str):
+        return spec
     arguments = dict(spec)
     return f"{arguments.pop('name')}({', '.join(f'{key}={value}' for key, value in arguments.items())})"
 
 
 def ours() -> Iterator[Ours]:
-    """All that was scored on the test set of CIFAR-10."""
+    """All that was scored on a test set."""
     for path in sorted(RESULTS.glob("*/summary.json")):
         run = json.loads(path.read_text(encoding="utf-8"))
-        if run["recipe"]["data"]["name"] == "cifar10" and "test" in run:
-            name = path.parent.name
-            where = f"[{name}](../results/{name})"
+        if "test" in run:
             flops = run["cost"]["estimated_training_flops"]
-            yield Ours(load_recipe(path.parent / "recipe.toml"), [100 * run["test"]["accuracy"]], flops, where)
+            yield Ours(load_recipe(path.parent / "recipe.toml"), [100 * run["test"]["accuracy"]], flops, path.parent)
     for path in sorted(RESULTS.glob("studies/*/*.json")):
         report = json.loads(path.read_text(encoding="utf-8"))
-        name = f"{path.parent.name}/{path.stem}"
-        study = load_study(STUDIES / f"{name}.toml")
+        study = load_study(ROOT / path.relative_to(RESULTS).with_suffix(".toml"))
         for setting in report["settings"]:
             if setting["split"] == "test":
                 for arm in setting["arms"]:
                     recipe = study.recipe_of(setting["setting"], arm["arm"], arm["lr_scale"])
-                    where = f"[{name}](../results/studies/{name}.md), {arm['arm']}"
-                    yield Ours(recipe, list(arm["accuracies"].values()), arm["training_flops"], where)
+                    accuracies = list(arm["accuracies"].values())
+                    yield Ours(recipe, accuracies, arm["training_flops"], path.with_suffix(".md"), arm["arm"])
 
 
-def table(network: str, bits: str, found: list[Ours]) -> str:
+def row(published: Published) -> list[str]:
+    macs = summary(models.create(published.network), (1, 3, 32, 32)).total_macs
+    cost = f"{6 * macs * IMAGES * published.epochs / 1e15:.2f}" if published.epochs else ""
+    return [published.method, f"{published.accuracy:.2f}", str(published.epochs or ""), cost, "not said"]
+
+
+def beside(network: str, bits: str, found: list[Ours]) -> str:
     """What is published and what is ours for a network at some bits, by accuracy."""
-    wanted = [one for one in found if one.recipe.model.name == network and _bits(one.recipe) == bits]
-    macs = summary(models.create(network), (1, 3, 32, 32)).total_macs
-    rows = [(statistics.fmean(one.accuracies), one.row) for one in wanted]
-    for row in (row for row in PUBLISHED if (row.network, row.bits) == (network, bits)):
-        cost = f"{6 * macs * IMAGES * row.epochs / 1e15:.2f}" if row.epochs else ""
-        note = f" ({row.note})" if row.note else ""
-        epochs = str(row.epochs or "")
-        rows.append((row.accuracy, [row.method, f"{row.accuracy:.2f}", epochs, cost, "not said", row.source + note]))
-    rows.sort(key=lambda row: -row[0])
-    lines = [HEAD, ["---", *["---:"] * 4, "---"], *(cells for _, cells in rows)]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    rows = [(one.accuracy, [*one.row, one.link(DOCS / "results.md")]) for one in _cifar10(network, bits, found)]
+    for one in _published(network, bits):
+        note = f" ({one.note})" if one.note else ""
+        rows.append((one.accuracy, [*row(one), one.source + note]))
+    rows.sort(key=lambda each: -each[0])
+    return table([*HEAD, "where"], [cells for _, cells in rows], left=["where"])
 
 
-def _bits(recipe: Recipe) -> str:
-    binarize = recipe.binarize
-    if binarize is None or not (binarize.weights or binarize.activations):
-        return "float"
-    return "W1A1" if binarize.activations and binarize.weights else "W1A32" if binarize.weights else "W32A1"
+def overview(found: list[Ours]) -> str:
+    """For README: all that is ours on CIFAR-10, and the best published beside it."""
+    rows = []
+    for network, title in TITLES.items():
+        for bits in ("float", "W1A32", "W1A1"):
+            if own := _cifar10(network, bits, found):
+                lines = [(one.accuracy, one.row) for one in own]
+                if published := _published(network, bits):
+                    best = max(published, key=lambda one: one.accuracy)
+                    lines.append((best.accuracy, row(best)))
+                lines.sort(key=lambda each: -each[0])
+                rows += [[title, bits, *cells] for _, cells in lines]
+    return table(["network", "bits", *HEAD], rows, left=["bits", "method"])
+
+
+def photos(found: list[Ours]) -> str:
+    """For docs/imagenet.md: runs on folders of photos."""
+    page = DOCS / "imagenet.md"
+    own = [one for one in found if one.recipe.data.name == "folder"]
+    rows = [[one.link(page), one.recipe.model.name, one.bits, *one.row] for one in own]
+    return table(["run", "network", "bits", *HEAD], rows, left=["network", "bits", "method"])
+
+
+def _cifar10(network: str, bits: str, found: list[Ours]) -> list[Ours]:
+    return [o for o in found if (o.recipe.data.name, o.recipe.model.name, o.bits) == ("cifar10", network, bits)]
+
+
+def _published(network: str, bits: str) -> list[Published]:
+    return [one for one in PUBLISHED if (one.network, one.bits) == (network, bits)]
 
 
 def main(check: bool) -> int:
     found = list(ours())
-    text = PAGE.read_text(encoding="utf-8")
-    new = re.sub(
-        r"(<!-- (\w+):(\w+) -->\n).*?(<!-- end -->)",
-        lambda match: match[1] + table(match[2], match[3], found) + match[4],
-        text,
-        flags=re.DOTALL,
-    )
-    missing = [one.where for one in found if one.recipe.model.name in TITLES and one.where not in new]
-    if missing:
-        sys.exit(f"{PAGE.name} has no table for {', '.join(missing)}")
-    if check:
-        if new != text:
-            print(f"{PAGE.name} is out of date: run python docs/results.py")
-        return int(new != text)
-    PAGE.write_text(new, encoding="utf-8")
+
+    def make(what: str, which: str) -> str:
+        if what == "cifar10":
+            return overview(found)
+        return photos(found) if what == "folder" else beside(what, which, found)
+
+    current = [fill(page, make, check) for page in PAGES]
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    missing = [
+        str(one.path)
+        for one in found
+        if (one.recipe.model.name in TITLES or one.recipe.data.name != "cifar10")
+        and f"{one.path.relative_to(RESULTS).as_posix()})" not in text
+    ]
+    if missing and (check or all(current)):
+        sys.exit(f"no page has a table for {', '.join(missing)}")
+    if check and not all(current):
+        print("Tables of results are out of date: run python docs/results.py")
+        return 1
     return 0
 
 

@@ -7,11 +7,12 @@ python docs/study.py --check    # exit 1 where a table is not what the reports s
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from _tables import fill, table
 
 DOCS = Path(__file__).parent
 PAGE = DOCS / "study.md"
@@ -23,26 +24,13 @@ Report = dict[str, Any]
 
 def main(check: bool) -> int:
     reports = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(REPORTS.glob("*.json"))}
-    text = PAGE.read_text(encoding="utf-8")
-    new = re.sub(
-        r"(<!-- (\w+):(\w+) -->\n).*?(<!-- end -->)",
-        lambda match: match[1] + TABLES[match[3]](reports[match[2]]) + match[4],
-        text,
-        flags=re.DOTALL,
-    )
+    current = fill(PAGE, lambda stage, kind: TABLES[kind](reports[stage]), check)
     if check:
-        if new != text:
+        if not current:
             print(f"{PAGE.name} is out of date: run python docs/study.py")
-        return int(new != text)
-    PAGE.write_text(new, encoding="utf-8")
+        return int(not current)
     draw({stage: reports[stage] for stage in ("c", "long") if stage in reports}, DOCS / "figures" / "study.svg")
     return 0
-
-
-def rows(*cells: list[str]) -> str:
-    head, *body = cells
-    line = ["---"] + ["---:"] * (len(head) - 1)
-    return "".join(f"| {' | '.join(row)} |\n" for row in (head, line, *body))
 
 
 def value(arm: Report) -> str:
@@ -54,7 +42,7 @@ def overview(report: Report) -> str:
     found = {setting["setting"]: {arm["arm"]: arm for arm in setting["arms"]} for setting in report["settings"]}
     names = list(dict.fromkeys(name for arms in found.values() for name in arms))
     head = ["arm", *(TITLES[name] for name in found)]
-    return rows(head, *([f"`{n}`", *(value(arms[n]) if n in arms else "" for arms in found.values())] for n in names))
+    return table(head, ([f"`{n}`", *(value(arms[n]) if n in arms else "" for arms in found.values())] for n in names))
 
 
 def rates(report: Report) -> str:
@@ -68,7 +56,7 @@ def rates(report: Report) -> str:
             best = max(means, key=lambda scale: means[scale])
             cells = [f"**{means[s]:.2f}**" if s == best else f"{means[s]:.2f}" if s in means else "" for s in scales]
             body.append([f"`{arm['arm']}`", *cells])
-        parts.append(rows([TITLES[setting["setting"]], *(f"x {scale:g}" for scale in scales)], *body))
+        parts.append(table([TITLES[setting["setting"]], *(f"x {scale:g}" for scale in scales)], body))
     return "\n".join(parts)
 
 
@@ -83,7 +71,7 @@ def contrasts(report: Report) -> str:
             chance = "" if not known else "< 0.001" if p < 0.001 else f"{p:.3f}"
             cells = [f"{gap['mean']:+.2f} ({gap['low']:+.2f} to {gap['high']:+.2f})" if known else "", chance]
             body.append([f"`{arm['arm']}`", str(len(arm["accuracies"])), value(arm), *cells])
-        parts.append(rows([TITLES[setting["setting"]], "n", "accuracy, %", "difference to `ste`, points", "p"], *body))
+        parts.append(table([TITLES[setting["setting"]], "n", "accuracy, %", "difference to `ste`, points", "p"], body))
         if setting["detectable"] is not None:
             parts.append(f"Smallest difference to `ste` that this design finds: {setting['detectable']:.2f} points.\n")
         for name, gap in setting["shape"].items():
