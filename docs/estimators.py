@@ -7,9 +7,12 @@ python docs/estimators.py --check    # exit 1 where the page is not what the doc
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import sys
 from pathlib import Path
+
+from _tables import table
 
 from abste import estimators
 from abste.estimators import Annealed, Binarizer, Estimator
@@ -18,6 +21,7 @@ from abste.estimators.blends import BLENDS
 DOCS = Path(__file__).parent
 PAGE = DOCS / "estimators.md"
 FIGURES = DOCS / "figures" / "estimators"
+DYNAMICS = DOCS.parent / "results" / "dynamics.json"
 MOMENTS = {0.0: "#9aa0a6", 0.25: "#f2c14e", 0.5: "#f2a65a", 0.75: "#d9573f", 1.0: "#7b1e3a"}
 STEPS = 1000
 
@@ -38,6 +42,42 @@ BLEND_HEAD = """## Blends of AB-STE
 
 How the weight a of `ab_tanh` and `ab_arctan` adapts: `blend = "gate"`, or a table, `{name = "gate", width = 0.5}`.
 Which of these the paper means by adaptive is not known.
+"""
+
+# The words belong to the runs: where those are done again, read them again.
+RUNS = """## In real runs
+
+ResNet-8 with Bi-Real shortcuts on CIFAR-10, W1A1, the same estimator on weights and activations, plain SGD, one seed,
+eight epochs ([dynamics.toml](../studies/cifar10-resnet8/dynamics.toml)), measured every 25 steps by
+`abste.diagnostics`. One run each: they show what estimators do, and rank nothing. `python docs/figures/dynamics.py`
+draws the figures; the numbers are in [results/dynamics.json](../results/dynamics.json).
+
+**The plane of equilibrium.** To the left the surrogate is closer to sign (a smaller estimating error), downwards the
+gradient is more even over the elements of a tensor (more stable). A run goes from the open circle to the full one;
+mean over layers.
+
+![Estimating error against instability of the gradient, a trajectory per run](figures/dynamics-plane.svg)
+
+{table}
+EDE goes nearly all the way to sign, and pays what the paper's abstract says such methods pay: at the end the gradients
+of its weights have {ede:.0f} times their mean as standard deviation, so next to no weight gets any, and next to none
+flips any more (below). AB-Tanh ends at less than half of STE's estimating error on the weights, with {ab:.1f} times.
+STE itself moves away from sign as it trains.
+
+**Blends and slopes**, layer by layer. `progress` is the same for all layers, `equilibrium` finds one for each, and
+`learned` goes back towards the line: what lowers the loss of the next step is not what lowers the estimating error.
+
+![The blend a and the mean slope of each layer over three runs](figures/dynamics-blends.svg)
+
+**Flips** of binary weights, and the effective learning rate of latents.
+
+![Share of binary weights that flip per step, and effective learning rate](figures/dynamics-flips.svg)
+
+**The budget of `equilibrium`** binds in {bound:.0f} % of layer-steps; in {one:.0f} % a is 1, and in {slewing:.0f} % the
+rate limit holds it back. Where it binds, the instability is within 10 % of the budget in {smoothed:.0f} % of
+layer-steps by the smoothed moments that the blend decides with, and in {single:.0f} % by those of the single step.
+
+![Instability of the gradient, divided by the budget](figures/dynamics-budget.svg)
 """
 
 
@@ -74,7 +114,39 @@ def page() -> str:
         "that activations lower to bits; weights always do."
     )
     blends = [f"### {name}\n\n{body(BLENDS[name])}" for name in sorted(BLENDS)]
-    return "\n".join([HEAD, *rows, "", legend, "", *map(section, names), BLEND_HEAD, "\n".join(blends)])
+    return "\n".join([HEAD, *rows, "", legend, "", *map(section, names), BLEND_HEAD, "\n".join(blends), runs()])
+
+
+def runs() -> str:
+    found = json.loads(DYNAMICS.read_text(encoding="utf-8"))
+    ends = {
+        arm: {side: {key: values[-1] for key, values in total[side].items()} for side in total}
+        for arm, total in found["total"].items()
+    }
+    head = [
+        "at the end of the run",
+        "held-out accuracy, %",
+        *(f"{what}, {side}" for side in ("weights", "activations") for what in ("error", "instability")),
+    ]
+    body = [
+        [
+            f"`{arm}`",
+            f"{100 * found['held_out_accuracy'][arm]:.2f}",
+            *(f"{end[side][key]:.2f}" for side in ("weights", "activations") for key in ("error", "variation")),
+        ]
+        for arm, end in ends.items()
+    ]
+    (budget,) = found["equilibrium"].values()
+    return RUNS.format(
+        table=table(head, body),
+        ede=ends["ede"]["weights"]["variation"],
+        ab=ends["ab_tanh"]["weights"]["variation"],
+        bound=100 * budget["share_bound"],
+        one=100 * budget["share_at_one"],
+        slewing=100 * budget["share_slewing"],
+        smoothed=100 * budget["bound_within_tolerance_smoothed"],
+        single=100 * budget["bound_within_tolerance_of_one_step"],
+    )
 
 
 def section(name: str) -> str:

@@ -145,6 +145,10 @@ def plane(records: dict[str, Records], colours: dict[str, Any]) -> Any:
             each.plot(x[0], y[0], "o", color=colours[arm], markersize=3, fillstyle="none")
             each.plot(x[-1], y[-1], "o", color=colours[arm], markersize=4)
         each.set(title=side, xlabel="estimating error, RMS of sign(x) - F(x)", ylabel="instability, std|g| / mean|g|")
+        each.set_yscale("log")
+        each.yaxis.set_major_formatter("{x:g}")
+        each.yaxis.set_minor_formatter("")
+        each.set_yticks([1, 2, 5, 10, 20] if side == "weights" else [1, 1.5, 2, 3, 4])
     axes[0, 1].legend(frameon=False, fontsize=7)
     return figure
 
