@@ -17,7 +17,7 @@ def fill(page: Path, make: Callable[[str, str], str], check: bool) -> bool:
     """Write what ``make(WHAT, WHICH)`` gives between the markers of a page; whether the page was as it should be."""
     text = page.read_text(encoding="utf-8")
     new = re.sub(
-        r"(<!-- (\w+):(\w+) -->\n).*?(<!-- end -->)",
+        r"(<!-- ([\w/-]+):(\w+) -->\n).*?(<!-- end -->)",
         lambda match: match[1] + make(match[2], match[3]) + match[4],
         text,
         flags=re.DOTALL,

@@ -1,4 +1,4 @@
-"""Fill the tables of docs/study.md from the reports in results/studies/cifar10-resnet8/, and draw its figure.
+"""Fill the tables of docs/study.md from the reports in results/studies/, and draw its figure.
 
 python docs/study.py            # both
 python docs/study.py --check    # exit 1 where a table is not what the reports say
@@ -16,21 +16,26 @@ from _tables import fill, table
 
 DOCS = Path(__file__).parent
 PAGE = DOCS / "study.md"
-REPORTS = DOCS.parent / "results" / "studies" / "cifar10-resnet8"
+REPORTS = DOCS.parent / "results" / "studies"
+DRAWN = ("cifar10-resnet8/c", "cifar10-resnet8/long")
 TITLES = {"w1a32": "W1A32", "w1a1": "W1A1"}
 
 Report = dict[str, Any]
 
 
 def main(check: bool) -> int:
-    reports = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(REPORTS.glob("*.json"))}
-    current = fill(PAGE, lambda stage, kind: TABLES[kind](reports[stage]), check)
+    current = fill(PAGE, lambda study, kind: TABLES[kind](load(study)), check)
     if check:
         if not current:
             print(f"{PAGE.name} is out of date: run python docs/study.py")
         return int(not current)
-    draw({stage: reports[stage] for stage in ("c", "long") if stage in reports}, DOCS / "figures" / "study.svg")
+    draw([load(study) for study in DRAWN if (REPORTS / f"{study}.json").exists()], DOCS / "figures" / "study.svg")
     return 0
+
+
+def load(study: str) -> Report:
+    report: Report = json.loads((REPORTS / f"{study}.json").read_text(encoding="utf-8"))
+    return report
 
 
 def value(arm: Report) -> str:
@@ -86,7 +91,7 @@ def contrasts(report: Report) -> str:
 TABLES: dict[str, Callable[[Report], str]] = {"overview": overview, "rates": rates, "contrasts": contrasts}
 
 
-def draw(reports: dict[str, Report], path: Path) -> None:
+def draw(reports: list[Report], path: Path) -> None:
     """Differences to STE with their intervals, and those of the single seeds."""
     import matplotlib as mpl
 
@@ -94,7 +99,7 @@ def draw(reports: dict[str, Report], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     mpl.rcParams.update({"svg.hashsalt": "abste", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 8})
-    panels = [(report, setting) for report in reports.values() for setting in report["settings"]]
+    panels = [(report, setting) for report in reports for setting in report["settings"]]
     if not panels:
         return
     figure, axes = plt.subplots(1, len(panels), figsize=(3.7 * len(panels), 2.6), layout="constrained", squeeze=False)
