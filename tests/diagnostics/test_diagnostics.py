@@ -434,6 +434,22 @@ def test_a_forward_of_another_kind() -> None:
     assert found["slope"] == pytest.approx((2 * np.cos(2 * latents.numpy())).mean(), rel=1e-5)
 
 
+def test_filters_are_measured_each_by_itself() -> None:
+    """What an estimator takes over a filter is that filter's, not that of all weights."""
+    layer = BinaryLinear(6, 4, weights="magnitude_aware_sign", standardize=False, scale=None).double()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    latents = torch.rand(4, 6, dtype=torch.float64).sub(0.5) * torch.tensor([[0.1], [0.5], [2.0], [5.0]])
+    layer.weight.data.copy_(latents)
+    diagnostics = Diagnostics(layer, optimizer, every=1)
+    layer(torch.randn(3, 6, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    assert diagnostics.latest is not None
+    x = latents.numpy()
+    surrogate = np.abs(x).mean(1, keepdims=True) * np.clip(x, -3, 3)
+    found = diagnostics.latest["layers"][""]["weights"]
+    assert found["error"] == pytest.approx(np.sqrt(((np.where(x >= 0, 1, -1) - surrogate) ** 2).mean()), rel=1e-5)
+
+
 def test_copies_and_saved_models_are_not_watched() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -44,10 +44,11 @@ def shape_sums(binarizer: Binarizer, x: Tensor, binary: Tensor | None = None) ->
 
     Args:
         binarizer: whose F and F' are meant; its ``slope`` is called, so a watched binarizer has to be busy.
-        x: what it sees, any shape.
+        x: what it sees: weights whole and in their shape, since some binarizers measure each filter; of activations any
+            part, in any shape.
         binary: what it makes of x in evaluation, if known.
     """
-    x = x.detach().flatten()
+    x = x.detach()
     if x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()
     size = _wide(x).square().sum()
@@ -56,7 +57,7 @@ def shape_sums(binarizer: Binarizer, x: Tensor, binary: Tensor | None = None) ->
         if binary is None:
             with evaluating(binarizer):
                 binary = binarizer.binarize(x)
-        sums["error"] = _wide(binary.detach().flatten() - binarizer.surrogate(x)).square().sum()  # type: ignore[operator]
+        sums["error"] = _wide(binary.detach() - binarizer.surrogate(x)).square().sum()  # type: ignore[operator]
         sums["slope"] = _wide(binarizer.slope(x)).sum()  # type: ignore[operator]
     blended = adaptive(binarizer)
     if blended is not None:
@@ -64,7 +65,7 @@ def shape_sums(binarizer: Binarizer, x: Tensor, binary: Tensor | None = None) ->
         sums["a"] = _wide(torch.as_tensor(a, device=x.device)).expand(x.shape).sum()
     unit = (size / max(x.numel(), 1)).sqrt().clamp(min=1e-30).to(x.dtype)
     places = (x / unit).add_(REACH).mul_(BINS / (2 * REACH)).floor_().nan_to_num_(0.0).clamp_(0, BINS - 1)
-    sums["histogram"] = _wide(torch.bincount(places.long(), minlength=BINS))
+    sums["histogram"] = _wide(torch.bincount(places.long().flatten(), minlength=BINS))
     return sums
 
 
