@@ -26,8 +26,8 @@ RESTE = {"name": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": False, "weight_d
 # estimators.md and the authors' code: network, optimizer, schedule, epochs, batch, scale of the crop, label smoothing.
 PROTOCOL: dict[str, Any] = {
     "resnet": (RESTE, ("cosine", 0.0, 0.0), 250, 768, [0.08, 1.25], 0.0),
-    "birealnet": ({"name": "adamw", "lr": 1e-3, "weight_decay": 0.0}, ("linear", 0.0, 0.0), 256, 512, [0.08, 1.0], 0.1),
-    "reactnet": ({"name": "adamw", "lr": 1.25e-3}, ("linear", 0.0, 0.0), 128, 256, [0.08, 1.0], 0.0),
+    "birealnet": ({"name": "adam", "lr": 1e-3, "weight_decay": 0.0}, ("linear", 0.0, 0.0), 256, 512, [0.08, 1.0], 0.1),
+    "reactnet": ({"name": "adam", "lr": 1.25e-3}, ("linear", 0.0, 0.0), 128, 256, [0.08, 1.0], 0.0),
 }
 NETWORKS = {
     "resnet18": "imagenet_resnet18",

@@ -103,11 +103,12 @@ BOP = [
 ]
 VARIANTS = {
     "w1a32": [],
-    "w1a1, ema, adamw, clipped": [
+    "w1a1, ema, adam, clipped": [
         "model.name=resnet8_bireal",
         "binarize.activations=approx_sign",
         "average.decay=0.9",
-        "optimizer.name=adamw",
+        "optimizer.name=adam",
+        "optimizer.weight_decay=1e-3",
         "optimizer.lr=0.01",
         "optimizer.clip_grad_norm=1.0",
     ],
@@ -210,6 +211,19 @@ def test_norms_are_decayed_where_the_recipe_says_so(
     parts = [saved] if "param_groups" in saved else [part for part in saved.values() if "param_groups" in part]
     decays = {group["name"]: group.get("weight_decay") for part in parts for group in part["param_groups"]}
     assert decays["norms_biases"] == groups["norms_biases"]["weight_decay"]
+
+
+@pytest.mark.parametrize(("name", "coupled"), [("adam", True), ("adamw", False)])
+def test_decay_is_part_of_adams_gradient(tiny: Tiny, name: str, coupled: bool) -> None:
+    # A weight without a gradient of its own: Adam takes what the decay gives for one, and makes a step of its size.
+    recipe = tiny(f"optimizer.name={name}", "optimizer.weight_decay=1e-3", "optimizer.lr=0.01")
+    model, _ = build_model(recipe)
+    weight = model.conv1.weight
+    before = weight.detach().clone()
+    weight.grad = torch.zeros_like(weight)
+    _optimizer(model, recipe).step()
+    expected = before - 0.01 * before.sign() if coupled else before * (1 - 1e-5)
+    torch.testing.assert_close(weight.detach(), expected, rtol=0, atol=1e-4 if coupled else 1e-7)
 
 
 @pytest.mark.parametrize("statistics", ["dataset", "imagenet", None])

@@ -59,7 +59,7 @@ def test_binary_recipes_differ_only_in_binarisation(binary: str, allowed: set[st
         ("optimizer.momentum=0", "'optimizer' has nesterov = true, which needs a momentum above 0."),
         (
             "optimizer.name=muom",
-            "'optimizer.name' must be 'sgd', 'adamw', 'muon' or 'bop', not the string 'muom'.",
+            "'optimizer.name' must be 'sgd', 'adam', 'adamw', 'muon' or 'bop', not the string 'muom'.",
         ),
         ("optimizer.name=3", "'optimizer.name' must be "),
         ("optimizer.gamma=0.01", "'optimizer' has gamma, which needs name = 'bop', not 'sgd'."),

@@ -877,7 +877,7 @@ def _optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         flips=section.name == "bop",
         decay_norms=bool(section.decay_norms),
     )
-    plain = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+    plain = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
     if section.name in plain:
         return plain[section.name](groups, lr=section.lr, **section.arguments())
     own = [group for group in groups if group["name"] in ("latents", "filters")]

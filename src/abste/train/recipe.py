@@ -228,14 +228,15 @@ _OPTIMIZER_KEYS: dict[str, dict[str, Any]] = {
 
 
 class OptimizerSection(Section):
-    """``momentum`` and ``nesterov`` belong to sgd, ``betas`` to adamw.
+    """``momentum`` and ``nesterov`` belong to sgd, ``betas`` to adam and adamw.
 
-    Weight decay is decoupled but for sgd. ``muon`` and ``bop`` (``abste.optim``) train the latents, ``rest`` everything
-    else. Under ``bop`` the weights are ±1 and there are no latents, so it has no rates for them, and ``[binarize]``
-    needs weights = "identity_ste", standardize = false and scale = "none" or "learned".
+    Weight decay is part of the gradient in sgd and adam, and decoupled in the others. ``muon`` and ``bop``
+    (``abste.optim``) train the latents, ``rest`` everything else. Under ``bop`` the weights are ±1 and there are no
+    latents, so it has no rates for them, and ``[binarize]`` needs weights = "identity_ste", standardize = false and
+    scale = "none" or "learned".
     """
 
-    name: Literal["sgd", "adamw", "muon", "bop"] = "sgd"
+    name: Literal["sgd", "adam", "adamw", "muon", "bop"] = "sgd"
     lr: Annotated[float, Field(gt=0)] = 0.1
     """The peak learning rate, of the mean loss over a global batch."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -249,7 +250,7 @@ class OptimizerSection(Section):
     """Peak learning rate of the latent weights; by default ``lr``. Of muon: of all that it trains."""
     latent_weight_decay: Annotated[float, Field(ge=0)] | None = None
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
-    rest: Literal["sgd", "adamw"] | None = None
+    rest: Literal["sgd", "adam", "adamw"] | None = None
     """What trains all but the latents; by default sgd beside muon, and adamw beside bop, with ``lr``."""
     muon_momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
     """0.6 by default, as in airbench. ``nesterov`` counts for muon too."""
@@ -305,8 +306,8 @@ class OptimizerSection(Section):
         return self.plain_arguments(self.name)
 
     def plain_arguments(self, name: str) -> dict[str, Any]:
-        """The same for torch's sgd or adamw, which may train the rest."""
-        if name == "adamw":
+        """The same for torch's sgd, adam or adamw, which may train the rest."""
+        if name != "sgd":
             return {"betas": (self.betas[0], self.betas[1])}
         return {"momentum": self.momentum, "nesterov": self.nesterov}
 
