@@ -12,6 +12,7 @@ import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from _tables import fill, table
 from abste import models
 from abste.nn import summary
 from abste.report import load_study
-from abste.train.published import PUBLISHED, TITLES, Published
+from abste.train.published import PUBLISHED, TITLES, Published, bits_of
 from abste.train.recipe import Recipe, load_recipe
 
 DOCS = Path(__file__).parent
@@ -48,10 +49,12 @@ class Ours:
 
     @property
     def bits(self) -> str:
-        binarize = self.recipe.binarize
-        if binarize is None or not (binarize.weights or binarize.activations):
-            return "float"
-        return "W1A1" if binarize.activations and binarize.weights else "W1A32" if binarize.weights else "W32A1"
+        return bits_of(self.recipe)
+
+    @property
+    def comparable(self) -> bool:
+        """Whether it is a network of the literature, as wide as there."""
+        return self.recipe.model.name in TITLES and "width" not in self.recipe.model.kwargs
 
     @property
     def method(self) -> str:
@@ -102,9 +105,13 @@ def ours() -> Iterator[Ours]:
                     yield Ours(recipe, accuracies, arm["training_flops"], path.with_suffix(".md"), arm["arm"])
 
 
+@cache
+def macs(network: str) -> int:
+    return summary(models.create(network), (1, 3, 32, 32)).total_macs
+
+
 def row(published: Published) -> list[str]:
-    macs = summary(models.create(published.network), (1, 3, 32, 32)).total_macs
-    cost = f"{6 * macs * IMAGES * published.epochs / 1e15:.2f}" if published.epochs else ""
+    cost = f"{6 * macs(published.network) * IMAGES * published.epochs / 1e15:.2f}" if published.epochs else ""
     return [published.method, f"{published.accuracy:.2f}", str(published.epochs or ""), cost, "not said"]
 
 
@@ -142,7 +149,8 @@ def photos(found: list[Ours]) -> str:
 
 
 def _cifar10(network: str, bits: str, found: list[Ours]) -> list[Ours]:
-    return [o for o in found if (o.recipe.data.name, o.recipe.model.name, o.bits) == ("cifar10", network, bits)]
+    own = [one for one in found if one.comparable]
+    return [o for o in own if (o.recipe.data.name, o.recipe.model.name, o.bits) == ("cifar10", network, bits)]
 
 
 def _published(network: str, bits: str) -> list[Published]:
@@ -162,7 +170,7 @@ def main(check: bool) -> int:
     missing = [
         str(one.path)
         for one in found
-        if (one.recipe.model.name in TITLES or one.recipe.data.name != "cifar10")
+        if (one.comparable or one.recipe.data.name != "cifar10")
         and f"{one.path.relative_to(RESULTS).as_posix()})" not in text
     ]
     if missing and (check or all(current)):

@@ -149,6 +149,14 @@ PUBLISHED = (
 _HEAD = "mostly of the best epoch on the test set, over unknown seeds"
 
 
+def bits_of(recipe: Recipe) -> Bits:
+    """Those of the weights and activations of a recipe's binary layers."""
+    binarize = recipe.binarize
+    if binarize is None:
+        return "float"
+    return "W1A32" if binarize.activations is None else "W32A1" if binarize.weights is None else "W1A1"
+
+
 def published_for(recipe: Recipe) -> list[Published]:
     """What is published for a recipe's network, as wide as in the literature, at the bits the recipe has; rising."""
     network, data = recipe.model.name, recipe.data
@@ -157,11 +165,7 @@ def published_for(recipe: Recipe) -> list[Published]:
     )
     if not known or "width" in recipe.model.kwargs:
         return []
-    binarize = recipe.binarize
-    bits: Bits = "float"
-    if binarize is not None:
-        bits = "W1A32" if binarize.activations is None else "W32A1" if binarize.weights is None else "W1A1"
-    rows = [row for row in PUBLISHED if (row.network, row.bits) == (network, bits)]
+    rows = [row for row in PUBLISHED if (row.network, row.bits) == (network, bits_of(recipe))]
     return sorted(rows, key=lambda row: row.accuracy)
 
 
