@@ -152,6 +152,17 @@ def test_a_run_in_use_is_left_alone(
     assert "w1a32/ab_tanh/seed-0 is left to the process that is at it" in capsys.readouterr().out
 
 
+def test_averaged_weights_are_what_is_scored(tmp_path: Path) -> None:
+    study, out = tmp_path / "averaged.toml", tmp_path / "out"
+    averaging = '"average.method" = "ema", "average.decay" = 0.5'
+    study.write_text(STUDY.replace("[0, 1]", "[0]").replace("set = { ", f"set = {{ {averaging}, "))
+    assert main(["compare", str(study), "--out", str(out)]) == 0
+    summaries = [json.loads(path.read_text()) for path in sorted(out.glob("*/*/*/summary.json"))]
+    scored = sorted(run.accuracy for run in read_finished(load_study(study).plan(), out))
+    assert scored == sorted(100 * summary["averaged"]["held_out"]["accuracy"] for summary in summaries)
+    assert any(summary["averaged"]["held_out"] != summary["held_out"] for summary in summaries)
+
+
 def altered(out: Path, what: str) -> None:
     run = out / "w1a32" / "ab_tanh" / "seed-0"
     if what == "recipe":

@@ -31,7 +31,7 @@ class Finished:
     planned: Planned
     split: str
     accuracy: float
-    """Of the last epoch, in per cent."""
+    """Of the last epoch, in per cent; of the averaged weights, where the recipe has ``[average]``."""
     step_ms: float
     """Milliseconds per training step."""
     summary: dict[str, Any]
@@ -106,12 +106,16 @@ def read_finished(runs: Sequence[Planned], out: Path) -> list[Finished]:
             continue
         split = "held_out" if planned.recipe.data.holdout else "test"
         try:
-            accuracy, cost = 100 * summary[split]["accuracy"], summary["cost"]
+            accuracy, cost = _accuracy(summary, split), summary["cost"]
             step_ms = 1000 * cost["train_seconds"] / cost["steps"]
         except (KeyError, TypeError):
             raise RunError(f"{run.summary} is not the summary of a run with this recipe.") from None
         found.append(Finished(planned, split, accuracy, step_ms, summary))
     return found
+
+
+def _accuracy(summary: dict[str, Any], split: str) -> float:
+    return 100.0 * float(summary.get("averaged", summary)[split]["accuracy"])
 
 
 def default_jobs(runs: Sequence[Planned]) -> int:
@@ -217,7 +221,7 @@ def run_study(
                     split = "held_out" if "held_out" in summary else "test"
                     left = (time.monotonic() - started) / ended * (total - done - len(failed) - len(elsewhere))
                     say(
-                        f"[{done}/{total}] {name}: {summary[split]['accuracy']:.2%} {split.replace('_', '-')} "
+                        f"[{done}/{total}] {name}: {_accuracy(summary, split):.2f} % {split.replace('_', '-')} "
                         f"in {duration(time.monotonic() - child.started)}, {duration(left)} left"
                     )
                 elif status not in (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM):
