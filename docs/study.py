@@ -1,4 +1,4 @@
-"""Fill the tables of docs/study.md from the reports in results/studies/, and draw its figure.
+"""Fill the tables of studies in the pages from the reports in results/studies/, and draw the figure of docs/study.md.
 
 python docs/study.py            # both
 python docs/study.py --check    # exit 1 where a table is not what the reports say
@@ -15,7 +15,7 @@ from typing import Any
 from _tables import fill, table
 
 DOCS = Path(__file__).parent
-PAGE = DOCS / "study.md"
+PAGES = (DOCS / "study.md",)
 REPORTS = DOCS.parent / "results" / "studies"
 DRAWN = ("cifar10-resnet8/c", "cifar10-resnet8/long")
 TITLES = {"w1a32": "W1A32", "w1a1": "W1A1"}
@@ -24,11 +24,11 @@ Report = dict[str, Any]
 
 
 def main(check: bool) -> int:
-    current = fill(PAGE, lambda study, kind: TABLES[kind](load(study)), check)
+    stale = [page.name for page in PAGES if not fill(page, lambda study, kind: TABLES[kind](load(study)), check)]
     if check:
-        if not current:
-            print(f"{PAGE.name} is out of date: run python docs/study.py")
-        return int(not current)
+        for name in stale:
+            print(f"{name} is out of date: run python docs/study.py")
+        return int(bool(stale))
     draw([load(study) for study in DRAWN if (REPORTS / f"{study}.json").exists()], DOCS / "figures" / "study.svg")
     return 0
 
@@ -67,7 +67,7 @@ def rates(report: Report) -> str:
 
 def contrasts(report: Report) -> str:
     """Accuracy, and the difference to the control with its interval and adjusted p."""
-    parts = []
+    parts, control = [], report["study"]["control"]
     for setting in report["settings"]:
         body = []
         for arm in setting["arms"]:
@@ -76,9 +76,13 @@ def contrasts(report: Report) -> str:
             chance = "" if not known else "< 0.001" if p < 0.001 else f"{p:.3f}"
             cells = [f"{gap['mean']:+.2f} ({gap['low']:+.2f} to {gap['high']:+.2f})" if known else "", chance]
             body.append([f"`{arm['arm']}`", str(len(arm["accuracies"])), value(arm), *cells])
-        parts.append(table([TITLES[setting["setting"]], "n", "accuracy, %", "difference to `ste`, points", "p"], body))
+        parts.append(
+            table([TITLES[setting["setting"]], "n", "accuracy, %", f"difference to `{control}`, points", "p"], body)
+        )
         if setting["detectable"] is not None:
-            parts.append(f"Smallest difference to `ste` that this design finds: {setting['detectable']:.2f} points.\n")
+            parts.append(
+                f"Smallest difference to `{control}` that this design finds: {setting['detectable']:.2f} points.\n"
+            )
         for name, gap in setting["shape"].items():
             if gap["low"] is not None:
                 parts.append(
