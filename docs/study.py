@@ -9,10 +9,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from _tables import fill, table
+
+from abste.report.statistics import ALPHA, holm, paired
 
 DOCS = Path(__file__).parent
 PAGES = (DOCS / "study.md",)
@@ -92,7 +95,30 @@ def contrasts(report: Report) -> str:
     return "\n".join(parts)
 
 
-TABLES: dict[str, Callable[[Report], str]] = {"overview": overview, "rates": rates, "contrasts": contrasts}
+def pairs(report: Report) -> str:
+    """Every arm against every other, p adjusted for all pairs of the setting; bold where it is below ALPHA."""
+    parts = []
+    for setting in report["settings"]:
+        scores = {arm["arm"]: arm["accuracies"] for arm in setting["arms"]}
+        couples = list(combinations(scores, 2))
+        gaps = [paired([scores[a][seed] - scores[b][seed] for seed in scores[a]]) for a, b in couples]
+        chances = holm([gap.p for gap in gaps])
+        cells = {
+            couple: f"**{gap.mean:+.2f}**" if p < ALPHA else f"{gap.mean:+.2f}"
+            for couple, gap, p in zip(couples, gaps, chances, strict=True)
+        }
+        columns = list(scores)[1:]
+        head = [f"{TITLES[setting['setting']]}, row minus column", *(f"`{name}`" for name in columns)]
+        parts.append(table(head, ([f"`{a}`", *(cells.get((a, b), "") for b in columns)] for a in list(scores)[:-1])))
+    return "\n".join(parts)
+
+
+TABLES: dict[str, Callable[[Report], str]] = {
+    "overview": overview,
+    "rates": rates,
+    "contrasts": contrasts,
+    "pairs": pairs,
+}
 
 
 def draw(reports: list[Report], path: Path) -> None:
