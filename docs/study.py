@@ -18,7 +18,7 @@ from _tables import fill, table
 from abste.report.statistics import ALPHA, holm, paired
 
 DOCS = Path(__file__).parent
-PAGES = (DOCS / "study.md",)
+PAGES = (DOCS / "study.md", DOCS / "speed.md")
 REPORTS = DOCS.parent / "results" / "studies"
 DRAWN = ("cifar10-resnet8/c", "cifar10-resnet8/long")
 TITLES = {"w1a32": "W1A32", "w1a1": "W1A1"}
