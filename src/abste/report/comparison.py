@@ -18,9 +18,9 @@ from abste.report.study import SHAPE_REMOVED, Study
 class ArmResult:
     """One arm in one setting, at its best learning rate.
 
-    Accuracies are those of the last epoch, in per cent; ``difference`` is to the control's at the same seeds, in
-    points, and ``p_holm`` is adjusted for the number of arms in the setting. ``epochs`` and ``training_flops`` are
-    those of one run.
+    Accuracies are those of the last epoch, in per cent, and of the averaged weights where an arm averages;
+    ``difference`` is to the control's at the same seeds, in points, and ``p_holm`` is adjusted for the number of arms
+    in the setting. ``epochs`` and ``training_flops`` are those of one run.
     """
 
     setting: str
@@ -84,9 +84,10 @@ class Comparison:
         parts += [_markdown(setting, self.study) for setting in self.settings]
         commits, machines = ", ".join(self.commits), "; ".join(self.machines)
         parts.append(
-            f"Accuracy of the last epoch, mean ± standard deviation over seeds. Differences are paired by seed, with "
-            f"{1 - ALPHA:.0%} Student-t intervals; p is two-sided and adjusted by Holm for the arms of a setting. Time "
-            f"per step is the median over runs. Commits: {commits}. Machines: {machines}."
+            "Accuracy of the last epoch (of the averaged weights, where an arm averages), mean ± standard deviation "
+            f"over seeds. Differences are paired by seed, with {1 - ALPHA:.0%} Student-t intervals; p is two-sided "
+            f"and adjusted by Holm for the arms of a setting. Time per step is the median over runs. Commits: {commits}. "
+            f"Machines: {machines}."
         )
         return "\n\n".join(part for part in parts if part) + "\n"
 
