@@ -86,8 +86,8 @@ class Comparison:
         parts.append(
             "Accuracy of the last epoch (of the averaged weights, where an arm averages), mean ± standard deviation "
             f"over seeds. Differences are paired by seed, with {1 - ALPHA:.0%} Student-t intervals; p is two-sided "
-            f"and adjusted by Holm for the arms of a setting. Time per step is the median over runs. Commits: {commits}. "
-            f"Machines: {machines}."
+            f"and adjusted by Holm for the arms of a setting. Time per step is the median over runs. "
+            f"Commits: {commits}. Machines: {machines}."
         )
         return "\n\n".join(part for part in parts if part) + "\n"
 
