@@ -257,6 +257,11 @@ class Estimator(Binarizer):
         return self.backward(torch.ones_like(x), x)
 
 
+def curve(p: Tensor, shape: str) -> Tensor:
+    """b(p) of :meth:`Annealed.between`, for fractions of training of any shape."""
+    return 1.0 - torch.cos(p * (torch.pi / 2)) if shape == "cosine" else p
+
+
 class Annealed(nn.Module):
     """State of something that changes over training, as the fraction of training done.
 
@@ -285,8 +290,7 @@ class Annealed(nn.Module):
 
         The first is how ReSTE's power moves.
         """
-        p = self.progress()
-        return start + (end - start) * (1.0 - torch.cos(p * (torch.pi / 2)) if shape == "cosine" else p)
+        return start + (end - start) * curve(self.progress(), shape)
 
     def between_logs(self, start: float, end: float) -> Tensor:
         """From start to end, both positive, evenly in the logarithm: a float32 scalar."""

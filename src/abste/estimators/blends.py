@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from abste.errors import ConfigError, nearest
-from abste.estimators.base import SHAPES, Annealed, fraction, number
+from abste.estimators.base import SHAPES, Annealed, curve, fraction, number
 
 
 class Blend(nn.Module, ABC):
@@ -221,7 +221,7 @@ class Equilibrium(Blend, Annealed):
 
     def rho(self) -> Tensor:
         """The present budget, a float32 scalar."""
-        return self.between(self.rho_start, self.rho_end, self.shape)
+        return self._budgets([self])[0]
 
     def taps(self) -> tuple[Tensor, ...]:
         return (self._tap,) if self.training else ()
@@ -257,7 +257,7 @@ class Equilibrium(Blend, Annealed):
         count = state[:, 5] + good
         share = torch.maximum(1 - past, 1 / count.clamp(min=1)).unsqueeze(1)
         moments = torch.where(good.unsqueeze(1), state[:, 1:5] + share * (measured - state[:, 1:5]), state[:, 1:5])
-        rho = torch.stack([blend.rho() for blend in blends]).to(wide)
+        rho = Equilibrium._budgets(blends).to(wide)
         free = torch.tensor([blend.budget == "variance" for blend in blends], device=state.device)
         target = equilibrium(moments[:, 0], moments[:, 1], moments[:, 2], moments[:, 3], rho, free)
         slew = torch.tensor([blend.slew for blend in blends], dtype=state.dtype, device=state.device)
@@ -265,6 +265,17 @@ class Equilibrium(Blend, Annealed):
         new = torch.cat([a.unsqueeze(1), moments, count.unsqueeze(1)], 1).float()
         for blend, numbers in zip(blends, new, strict=True):
             blend.state.copy_(numbers.view(torch.int32))
+
+    @staticmethod
+    def _budgets(blends: Sequence[Equilibrium]) -> Tensor:
+        """:meth:`rho` of each, in a few operations for all, since every step needs them."""
+        step, total = torch.stack([blend.annealing for blend in blends]).float().unbind(1)
+        p = (step / total).clamp(0.0, 1.0)
+        start, end = (
+            torch.tensor([getattr(blend, name) for blend in blends], device=p.device) for name in ("rho_start", "rho_end")
+        )
+        cosine = torch.tensor([blend.shape == "cosine" for blend in blends], device=p.device)
+        return start + (end - start) * torch.where(cosine, curve(p, "cosine"), curve(p, "linear"))
 
     def extra_repr(self) -> str:
         return f"rho_start={self.rho_start:g}, rho_end={self.rho_end:g}, budget={self.budget!r}"
