@@ -271,9 +271,8 @@ class Equilibrium(Blend, Annealed):
         """:meth:`rho` of each, in a few operations for all, since every step needs them."""
         step, total = torch.stack([blend.annealing for blend in blends]).float().unbind(1)
         p = (step / total).clamp(0.0, 1.0)
-        start, end = (
-            torch.tensor([getattr(blend, name) for blend in blends], device=p.device) for name in ("rho_start", "rho_end")
-        )
+        start = torch.tensor([blend.rho_start for blend in blends], device=p.device)
+        end = torch.tensor([blend.rho_end for blend in blends], device=p.device)
         cosine = torch.tensor([blend.shape == "cosine" for blend in blends], device=p.device)
         return start + (end - start) * torch.where(cosine, curve(p, "cosine"), curve(p, "linear"))
 
