@@ -140,6 +140,11 @@ def test_resuming_needs_the_same_teacher(tiny: Tiny, teacher: Path, tmp_path: Pa
             r"that run has model.kwargs.num_classes = 10, but this one 12; a te",
         ),
         (["distill.teacher='nothing'"], RunError, r"distill.teacher = 'nothing': nothing holds no run of abste"),
+        (
+            ["distill.teacher='runs/cifar10-resnet20-float'"],
+            RunError,
+            r"is not there yet: train it first \(abste train cifar10-resnet20-float --out runs/cifar10-resnet20",
+        ),
     ],
 )
 def test_teachers_that_do_not_fit(

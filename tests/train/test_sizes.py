@@ -13,7 +13,7 @@ from abste.errors import ConfigError
 from abste.nn import BinaryConv2d
 from abste.train import Recipe, fit
 from abste.train.loop import _compiled
-from abste.train.recipe import MOST_SIZES
+from abste.train.recipe import MOST_SIZES, load_recipe
 from abste.train.run import build_model
 from abste.train.sizes import check_sizes, image_size, image_sizes, resized
 
@@ -96,6 +96,11 @@ def test_networks_that_cannot(tiny: Tiny, tmp_path: Path) -> None:
         check_sizes(module, tiny("train.image_sizes=[[0, 4], [0.5, 8]]"))
     assert module.training and not module.conv._forward_pre_hooks
     check_sizes(module, tiny())
+
+
+def test_an_empty_list_takes_sizes_back(tiny: Tiny) -> None:
+    assert tiny("train.image_sizes=[]") == tiny()
+    assert load_recipe("cifar10-vgg-small-w1a1").train.image_sizes is None  # which extends one with sizes
 
 
 @pytest.mark.parametrize(

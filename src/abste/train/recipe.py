@@ -45,9 +45,9 @@ def _none_is_a_word(value: Any) -> Any:
 
 
 def _check_image_sizes(value: Any) -> Any:
-    """Pairs [part of the run, pixels], both rising, the first from 0 on."""
-    if value is None:
-        return value
+    """Pairs [part of the run, pixels], both rising, the first from 0 on; an empty list stands for none."""
+    if value is None or value == []:
+        return None
 
     def number(x: Any, *kinds: type) -> bool:
         return isinstance(x, kinds) and not isinstance(x, bool)
@@ -353,7 +353,8 @@ class TrainSection(Section):
     image_sizes: Annotated[Any, AfterValidator(_check_image_sizes)] = None
     """Progressive size of the training images: pairs ``[part of the run, pixels]``, as in ``[[0, 16], [0.5, 32]]``. An
     epoch has the height of the last pair whose part of the epochs is done (and its width in proportion); augmentation
-    comes first, at full size. Sizes rise to the full one; evaluation always has that."""
+    comes first, at full size. Sizes rise to the full one; evaluation always has that. An empty list, the full size all
+    along, takes back what a recipe extends."""
 
     @model_validator(mode="after")
     def _full_size_comes(self) -> TrainSection:

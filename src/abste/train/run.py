@@ -44,7 +44,7 @@ from abste.errors import AbsteError, CheckpointError, ConfigError, DataError, Ru
 from abste.nn import ConversionReport, convert, recalibrate_batch_norm
 from abste.train.checkpoint import check_state, load_checkpoint
 from abste.train.files import remove_leftovers
-from abste.train.recipe import Recipe, make_recipe
+from abste.train.recipe import Recipe, builtin_recipes, make_recipe
 
 EVALUATION_BATCH = 500
 FILES_EVALUATION_BATCH = 100  # larger images: at 224 pixels, a layer of 64 channels takes 320 MB of them
@@ -388,8 +388,14 @@ def open_source(key: str, source: str, recipe: Recipe) -> Trained:
     """
     path = Path(source)
     averaged = path.name == RunDirectory(path).averaged_weights.name
+    folder = path.parent if averaged else path
+    if not folder.exists() and folder.name in builtin_recipes():
+        raise RunError(
+            f"{key} = '{source}' is not there yet: train it first (abste train {folder.name} --out {folder}), or name "
+            "another run."
+        )
     try:
-        found = open_run(path.parent if averaged else path, averaged)
+        found = open_run(folder, averaged)
     except AbsteError as error:
         raise type(error)(f"{key} = '{source}': {error}") from None
     data = found.recipe.data
