@@ -20,7 +20,7 @@ from abste.report.statistics import ALPHA, holm, paired
 DOCS = Path(__file__).parent
 PAGES = (DOCS / "study.md", DOCS / "speed.md")
 REPORTS = DOCS.parent / "results" / "studies"
-DRAWN = ("cifar10-resnet8/c", "cifar10-resnet8/long")
+DRAWN = ("cifar10-resnet8/c", "cifar10-resnet20/w1a32", "cifar10-resnet20/w1a1")
 TITLES = {"w1a32": "W1A32", "w1a1": "W1A1"}
 
 Report = dict[str, Any]
@@ -129,11 +129,11 @@ def draw(reports: list[Report], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     mpl.rcParams.update({"svg.hashsalt": "abste", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 8})
-    panels = [(report, setting) for report in reports for setting in report["settings"]]
+    panels = [setting for report in reports for setting in report["settings"]]
     if not panels:
         return
     figure, axes = plt.subplots(1, len(panels), figsize=(3.7 * len(panels), 2.6), layout="constrained", squeeze=False)
-    for each, (report, setting) in zip(axes[0], panels, strict=True):
+    for each, setting in zip(axes[0], panels, strict=True):
         control = next(arm for arm in setting["arms"] if arm["difference"] is None)
         arms = [arm for arm in setting["arms"] if arm["difference"] is not None][::-1]
         for height, arm in enumerate(arms):
