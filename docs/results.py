@@ -63,7 +63,8 @@ class Ours:
         names = [f"`{name}`" for name in dict.fromkeys(_text(side) for side in sides)]
         estimators = names[0] if len(names) == 1 else f"W {names[0]}, A {names[1]}" if names else "full precision"
         optimizer = "" if self.recipe.optimizer.name == "sgd" else f", {self.recipe.optimizer.name.capitalize()}"
-        return f"**abste**: {estimators}{optimizer}"
+        taught = "" if self.recipe.distill is None else ", taught"
+        return f"**abste**: {estimators}{optimizer}{taught}"
 
     @property
     def row(self) -> list[str]:
