@@ -124,19 +124,23 @@ def test_binary_ones_differ_in_model_and_binarisation_alone(network: str, bits: 
 
 
 def test_the_page_says_what_the_recipes_do(repo_root: Path) -> None:
-    fast, paper, long = (
-        load_recipe(f"cifar10-{name}") for name in ("resnet20-w1a1", "resnet20-w1a1-paper", "resnet18-w1a1-paper")
+    fast, large, paper, long = (
+        load_recipe(f"cifar10-{name}")
+        for name in ("resnet20-w1a1", "resnet18-w1a1", "resnet20-w1a1-paper", "resnet18-w1a1-paper")
     )
+    assert fast.optimizer.muon_filters and large.train.image_sizes == fast.train.image_sizes == [[0, 24], [0.5, 32]]
     rows = [
-        f"| epochs, batch | {fast.train.epochs}, {fast.train.batch_size} | {paper.train.epochs}, "
-        f"{paper.train.batch_size}; ResNet-18: {long.train.epochs}, {long.train.batch_size} |",
-        f"| SGD | {fast.optimizer.lr}, Nesterov {fast.optimizer.momentum} | {paper.optimizer.lr}, momentum "
-        f"{paper.optimizer.momentum}, no Nesterov |",
+        f"| epochs, batch | {fast.train.epochs}, {fast.train.batch_size}; ResNet-18: {large.train.epochs} | "
+        f"{paper.train.epochs}, {paper.train.batch_size}; ResNet-18: {long.train.epochs}, {long.train.batch_size} |",
+        f"| optimizer of convolutions and latents | Muon, {fast.optimizer.latent_lr} | as all else |",
+        f"| of all else | SGD, {fast.optimizer.lr}, Nesterov {fast.optimizer.momentum} | SGD, {paper.optimizer.lr}, "
+        f"momentum {paper.optimizer.momentum}, no Nesterov |",
         f"| weight decay | {mantissa(fast.optimizer.weight_decay)}, of weights | "
         f"{mantissa(paper.optimizer.weight_decay)}, of all parameters (`decay_norms`) |",
         f"| loss | label smoothing {fast.train.label_smoothing} | cross-entropy |",
-        f"| crop | {fast.data.crop_padding} pixels, mirrored at the border | {paper.data.crop_padding} pixels, black "
-        f'(`crop_fill = "{paper.data.crop_fill}"`) |',
+        f"| crop | {fast.data.crop_padding} pixels (ResNet-18: {large.data.crop_padding}), mirrored at the border | "
+        f'{paper.data.crop_padding} pixels, black (`crop_fill = "{paper.data.crop_fill}"`) |',
+        f"| cutout | none; ResNet-18: {large.data.cutout} pixels | none |",
         f"| flip | {fast.data.flip} | {paper.data.flip} |",
     ]
     lines = (repo_root / "docs" / "train.md").read_text(encoding="utf-8").splitlines()
