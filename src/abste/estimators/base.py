@@ -257,6 +257,12 @@ class Estimator(Binarizer):
         return self.backward(torch.ones_like(x), x)
 
 
+def fraction_done(annealing: Tensor) -> Tensor:
+    """The fraction of training done, float32 (...) in [0, 1], for states of :class:`Annealed`, (..., 2)."""
+    step, total = annealing.float().unbind(-1)
+    return (step / total).clamp(0.0, 1.0)
+
+
 def curve(p: Tensor, shape: str) -> Tensor:
     """b(p) of :meth:`Annealed.between`, for fractions of training of any shape."""
     return 1.0 - torch.cos(p * (torch.pi / 2)) if shape == "cosine" else p
@@ -282,8 +288,7 @@ class Annealed(nn.Module):
 
     def progress(self) -> Tensor:
         """The fraction of training done, float32 scalar in [0, 1], on the module's device."""
-        step, total = self.annealing.float()
-        return (step / total).clamp(0.0, 1.0)
+        return fraction_done(self.annealing)
 
     def between(self, start: float, end: float, shape: str = "cosine") -> Tensor:
         """start + (end - start) b(p), a float32 scalar; b(p) is 1 - cos(pi p / 2), slow at first, or p (``"linear"``).

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from abste.errors import ConfigError, nearest
-from abste.estimators.base import SHAPES, Annealed, curve, fraction, number
+from abste.estimators.base import SHAPES, Annealed, curve, fraction, fraction_done, number
 
 
 class Blend(nn.Module, ABC):
@@ -269,8 +269,7 @@ class Equilibrium(Blend, Annealed):
     @staticmethod
     def _budgets(blends: Sequence[Equilibrium]) -> Tensor:
         """:meth:`rho` of each, in a few operations for all, since every step needs them."""
-        step, total = torch.stack([blend.annealing for blend in blends]).float().unbind(1)
-        p = (step / total).clamp(0.0, 1.0)
+        p = fraction_done(torch.stack([blend.annealing for blend in blends]))
         start = torch.tensor([blend.rho_start for blend in blends], device=p.device)
         end = torch.tensor([blend.rho_end for blend in blends], device=p.device)
         cosine = torch.tensor([blend.shape == "cosine" for blend in blends], device=p.device)
