@@ -644,7 +644,7 @@ class _Lowering:
         handler(self, node, arguments)
         if not isinstance(source, fx.Node):
             return
-        if in_place or any(result.alias_info for result in schema.returns):
+        if in_place or name in _DROPOUTS or any(result.alias_info for result in schema.returns):
             self.roots[node] = self.roots.get(source, source)
         if in_place:
             self.changed(source, node)
@@ -706,6 +706,8 @@ _FIRST_OF_TWO = (  # operations whose first result alone is of use
     "max_pool1d_with_indices",
     "max_pool2d_with_indices",
 )
+_DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout")
+"""They return their input itself in evaluation, which no schema and no graph of an older torch.export says."""
 _IGNORED = ("_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_size")
 
 
@@ -1020,9 +1022,7 @@ def _reshape(low: _Lowering, node: fx.Node, arguments: dict[str, Any]) -> None:
     "clone",
     "detach",
     "alias",
-    "dropout",
-    "feature_dropout",
-    "alpha_dropout",
+    *_DROPOUTS,
     "to",
     "_to_copy",
     "identity",

@@ -113,8 +113,7 @@ class Muon(CheckedOptimizer):
     norm by one step. ``normalize="filter"`` is our own: standardised latents feel the size of each filter by itself.
     The authors' scaling of the step by sqrt(max(1, out / rest)), which is not in airbench, is left out.
     torch.optim.Muon does not serve: it is for 2-d parameters alone, does not normalise, computes in bfloat16 on CPUs
-    too, and came after torch 2.6, which abste supports. Without ``normalize``, on matrices with out <= rest, both take
-    the same steps.
+    too. Without ``normalize``, on matrices with out <= rest, both take the same steps.
     """
 
     def __init__(

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from abste.errors import ConfigError
 
 ALPHA = 0.05
@@ -96,7 +98,8 @@ def detectable(sd: float, n: int, comparisons: int = 1) -> float:
     limit = float(stats.t.ppf(1 - ALPHA / comparisons / 2, n - 1))
 
     def lack(noncentrality: float) -> float:
-        return float(stats.nct.sf(limit, n - 1, noncentrality)) - POWER  # on the right side: the other is no find
+        with np.errstate(divide="ignore"):  # scipy 1.11 divides by zero on its way to the right result
+            return float(stats.nct.sf(limit, n - 1, noncentrality)) - POWER  # on the right side: the other is no find
 
     high = 1.0
     while lack(high) < 0:
