@@ -12,16 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("svg")
 import matplotlib.pyplot as plt
 import numpy as np
+from _axes import HERE, axes_of, save
 
 from abste.errors import RunError
 from abste.train.files import write_json
 
-HERE = Path(__file__).parent
 SUMMARY = HERE.parents[1] / "results" / "dynamics.json"
 SIDES = ("weights", "activations")
 TOLERANCE = 0.1
@@ -46,13 +43,12 @@ def main(study: Path, setting: str = "w1a1") -> None:
     if not runs:
         raise RunError(f"{study} holds no finished runs of {setting}: run the command above first.")
     records = {arm: read(run / "diagnostics.jsonl") for arm, run in runs.items()}
-    mpl.rcParams.update({"svg.hashsalt": "abste", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 8})
     colours = dict(zip(records, plt.get_cmap("tab10").colors, strict=False))
-    save(plane(records, colours), "plane")
-    save(blends({arm: found for arm, found in records.items() if arm.startswith("ab_")}), "blends")
-    save(flips(records, colours), "flips")
+    save(plane(records, colours), "dynamics-plane")
+    save(blends({arm: found for arm, found in records.items() if arm.startswith("ab_")}), "dynamics-blends")
+    save(flips(records, colours), "dynamics-flips")
     budgets = {arm: list(layer_steps(found)) for arm, found in records.items() if "equilibrium" in arm}
-    save(budget(budgets), "budget")
+    save(budget(budgets), "dynamics-budget")
     summaries = {arm: json.loads((run / "summary.json").read_text(encoding="utf-8")) for arm, run in runs.items()}
     any_run = next(iter(summaries.values()))
     write_json(
@@ -114,16 +110,6 @@ def met(steps: list[dict[str, Any]]) -> dict[str, float | int]:
         "bound_within_tolerance_of_one_step": round(float((abs(measured - 1) <= TOLERANCE).mean()), 4),
         "bound_median_of_one_step": round(float(np.median(measured)), 4),
     }
-
-
-def axes_of(columns: int, height: float = 2.8, rows: int = 1) -> tuple[Any, Any]:
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(3.7 * columns, height * rows), layout="constrained", squeeze=False
-    )
-    for each in axes.flat:
-        each.spines[["top", "right"]].set_visible(False)
-        each.grid(alpha=0.25, linewidth=0.5)
-    return figure, axes
 
 
 def smooth(values: list[float], width: int = 9) -> Any:
@@ -202,11 +188,6 @@ def budget(budgets: dict[str, list[dict[str, Any]]]) -> Any:
     axes[0, 1].set(title="the same in single steps", xlabel="instability / budget", ylabel="layer-steps")
     axes[0, 0].legend(frameon=False, fontsize=7)
     return figure
-
-
-def save(figure: Any, name: str) -> None:
-    figure.savefig(HERE / f"dynamics-{name}.svg", metadata={"Date": None})
-    plt.close(figure)
 
 
 if __name__ == "__main__":
