@@ -124,13 +124,14 @@ def test_binary_ones_differ_in_model_and_binarisation_alone(network: str, bits: 
 
 
 def test_the_page_says_what_the_recipes_do(repo_root: Path) -> None:
-    fast, large, paper, long = (
+    fast, vgg, large, paper, long = (
         load_recipe(f"cifar10-{name}")
-        for name in ("resnet20-w1a1", "resnet18-w1a1", "resnet20-w1a1-paper", "resnet18-w1a1-paper")
+        for name in ("resnet20-w1a1", "vgg-small-w1a1", "resnet18-w1a1", "resnet20-w1a1-paper", "resnet18-w1a1-paper")
     )
     assert fast.optimizer.muon_filters and large.train.image_sizes == fast.train.image_sizes == [[0, 24], [0.5, 32]]
     rows = [
-        f"| epochs, batch | {fast.train.epochs}, {fast.train.batch_size}; ResNet-18: {large.train.epochs} | "
+        f"| epochs, batch | {fast.train.epochs}, {fast.train.batch_size}; VGG-Small: {vgg.train.epochs}; "
+        f"ResNet-18: {large.train.epochs} | "
         f"{paper.train.epochs}, {paper.train.batch_size}; ResNet-18: {long.train.epochs}, {long.train.batch_size} |",
         f"| optimizer of convolutions and latents | Muon, {fast.optimizer.latent_lr} | as all else |",
         f"| of all else | SGD, {fast.optimizer.lr}, Nesterov {fast.optimizer.momentum} | SGD, {paper.optimizer.lr}, "
