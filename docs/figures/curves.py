@@ -50,6 +50,6 @@ def of_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3:
+    if not 3 <= len(sys.argv) <= 2 + len(COLOURS):
         sys.exit(__doc__)
     main(sys.argv[1], [Path(argument) for argument in sys.argv[2:]])
