@@ -23,9 +23,9 @@ from abste.deploy.runs import export_run
 from abste.errors import AbsteError, CheckpointError, ConfigError, DataError, NonFiniteLossError, RunError
 from abste.train import Recipe, evaluate, fit, load_recipe, load_run
 from abste.train.checkpoint import load_checkpoint
-from abste.train.loop import _optimizer, lr_factor
 from abste.train.recipe import ScheduleSection, make_recipe
 from abste.train.run import build_model, evaluation_batches, load_data
+from abste.train.setup import lr_factor, make_optimizer
 
 Tiny = Callable[..., Recipe]
 
@@ -204,7 +204,7 @@ def test_norms_are_decayed_where_the_recipe_says_so(
     # Where nothing else moves a norm's weight, decay does.
     recipe = tiny(*own, *more, "optimizer.weight_decay=0.5", "optimizer.lr=0.01")
     model, _ = build_model(recipe)
-    groups = {group["name"]: group for group in _optimizer(model, recipe).param_groups}
+    groups = {group["name"]: group for group in make_optimizer(model, recipe).param_groups}
     assert groups["norms_biases"]["weight_decay"] == (0.5 if recipe.optimizer.decay_norms else 0.0)
     assert groups["weights"]["weight_decay"] == 0.5
     fit(recipe, None, tmp_path / "r", max_steps=3, progress=False)
@@ -222,7 +222,7 @@ def test_decay_is_part_of_adams_gradient(tiny: Tiny, name: str, coupled: bool) -
     weight = model.conv1.weight
     before = weight.detach().clone()
     weight.grad = torch.zeros_like(weight)
-    _optimizer(model, recipe).step()
+    make_optimizer(model, recipe).step()
     expected = before - 0.01 * before.sign() if coupled else before * (1 - 1e-5)
     torch.testing.assert_close(weight.detach(), expected, rtol=0, atol=1e-4 if coupled else 1e-7)
 

@@ -12,9 +12,9 @@ import abste
 from abste.errors import ConfigError
 from abste.nn import BinaryConv2d
 from abste.train import Recipe, fit
-from abste.train.loop import _compiled
 from abste.train.recipe import MOST_SIZES, load_recipe
 from abste.train.run import build_model
+from abste.train.setup import compile_module
 from abste.train.sizes import check_sizes, image_size, image_sizes, resized
 
 Tiny = Callable[..., Recipe]
@@ -155,7 +155,7 @@ def test_as_many_sizes_as_are_compiled(tiny: Tiny, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch, "compile", lambda module, **options: compile(module, backend=backend, **options))
     recipe = tiny("train.compile=true")
     module = nn.Sequential(BinaryConv2d(1, 2, 3, padding=1, activations="ab_tanh"), nn.BatchNorm2d(2))
-    model = _compiled(module, recipe, torch.device("meta")).train()
+    model = compile_module(module, recipe, torch.device("meta")).train()
     for _ in range(2):
         for size in range(5, 5 + MOST_SIZES):
             model(torch.randn(2, 1, size, size)).sum().backward()

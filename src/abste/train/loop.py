@@ -5,16 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import math
 import os
 import random
-import shutil
 import signal
-import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -24,11 +19,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from abste import models
 from abste.data import lost_workers
-from abste.errors import AbsteError, CheckpointError, ConfigError, NonFiniteLossError, RunError
+from abste.errors import CheckpointError, ConfigError, NonFiniteLossError
+from abste.estimators import EstimatorSchedule
 from abste.train.checkpoint import (
     check_recipe,
     check_state,
@@ -40,8 +35,9 @@ from abste.train.checkpoint import (
 from abste.train.distill import Teacher, distillation_loss
 from abste.train.files import write_atomic, write_error, write_json
 from abste.train.init import start_from_run
+from abste.train.processes import RUNNING, Signals, join_again, lost_processes, make_fabric, on_rank_zero
 from abste.train.progress import Progress, duration
-from abste.train.recipe import Recipe, ScheduleSection
+from abste.train.recipe import Recipe
 from abste.train.run import (
     RunDirectory,
     as_result,
@@ -57,12 +53,13 @@ from abste.train.run import (
     training_batches,
     weights_file,
 )
-from abste.train.sizes import check_sizes, image_size, image_sizes, resized
+from abste.train.setup import averaged_model, compile_module, count_macs, lr_factor, make_optimizer
+from abste.train.sizes import check_sizes, image_size, resized
 
 T = TypeVar("T")
 
 _NEVER = 2**62  # a step that no run reaches
-_RUNNING, _MAX_MINUTES, _MAX_STEPS = 0, 1000, 1001  # reasons to stop; those below 1000 are signal numbers
+_MAX_MINUTES, _MAX_STEPS = 1000, 1001  # reasons to stop, beside signal numbers, which are below 1000
 
 
 class Interrupted(KeyboardInterrupt):
@@ -71,22 +68,6 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
         self.signum = signum
-
-
-def lr_factor(schedule: ScheduleSection, step: int, total_steps: int) -> float:
-    """The learning rate of optimizer step ``step`` (from 0), as a factor of its peak: a pure function.
-
-    It rises linearly over ``warmup * total_steps`` steps, then falls to ``final`` in the shape given.
-    """
-    rising = schedule.warmup * total_steps
-    if step < rising:
-        return (step + 1) / (rising + 1)
-    if schedule.shape == "constant":
-        return 1.0
-    fall = (step - rising) / (total_steps - rising)
-    if schedule.shape == "cosine":
-        fall = (1 - math.cos(math.pi * fall)) / 2
-    return 1.0 + (schedule.final - 1.0) * fall
 
 
 def fit(
@@ -136,18 +117,18 @@ def fit(
     started = time.monotonic()
     threads = torch.get_num_threads()
     recipe = resolved(recipe, data_root)
-    fabric = _fabric(recipe, accelerator, devices, strategy, num_nodes)
+    fabric = make_fabric(recipe, accelerator, devices, strategy, num_nodes)
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if restarts:
-        _join_again(fabric, restarts)
+        join_again(fabric, restarts)
     fabric.launch()
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)
     run = RunDirectory(out)
     resume = resume or (restarts > 0 and run.exists())  # torchrun starts workers again with the arguments of the first
     try:
-        with contextlib.ExitStack() as stack, _lost_processes(fabric, run):
-            _on_rank_zero(fabric, lambda: stack.enter_context(run.owned(resume)))
+        with contextlib.ExitStack() as stack, lost_processes(fabric, run):
+            on_rank_zero(fabric, lambda: stack.enter_context(run.owned(resume)))
             show = Progress(progress and fabric.is_global_zero)
             loop = _Loop(fabric, recipe, run, data_root, show, fresh=not (resume and run.begun()))
             finished = loop.open(resume)
@@ -157,126 +138,6 @@ def fit(
             return loop.run_to(deadline, max_steps)
     finally:
         torch.set_num_threads(threads)
-
-
-def _fabric(recipe: Recipe, accelerator: str, devices: int | str, strategy: str, num_nodes: int) -> Fabric:
-    if strategy not in ("auto", "ddp"):
-        raise ConfigError(f"strategy must be 'auto' or 'ddp', not {strategy!r}: checkpoints hold unsharded weights.")
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has decided
-        local = int(os.environ["LOCAL_WORLD_SIZE"])
-        devices, num_nodes, strategy = local, int(os.environ["WORLD_SIZE"]) // local, "ddp"
-    # Fabric announces the precision; that is in the recipe.
-    logger = logging.getLogger("lightning_fabric")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*AMP with fp16 is not supported on CPU")  # an error, below
-            fabric = Fabric(
-                accelerator=accelerator,
-                devices=devices,
-                strategy=strategy,
-                num_nodes=num_nodes,
-                precision=recipe.train.precision,
-            )
-    except (ValueError, RuntimeError, TypeError) as error:  # what Fabric raises for options that do not fit the machine
-        raise ConfigError(f"these devices cannot be used: {' '.join(str(error).split())}") from error
-    finally:
-        logger.setLevel(level)
-    if recipe.train.precision == "16-mixed" and fabric.device.type == "cpu":
-        raise ConfigError("train.precision '16-mixed' needs a GPU; on a CPU use 'bf16-mixed' or '32-true'.")
-    accumulate = recipe.train.accumulate or 1
-    shares = accumulate if recipe.train.scale else accumulate * fabric.world_size
-    if recipe.train.batch_size % shares:
-        parts = f" in {accumulate} parts each" if accumulate > 1 else ""
-        raise ConfigError(
-            f"train.batch_size {recipe.train.batch_size} cannot be shared by {shares // accumulate} "
-            f"process{'es' if shares > accumulate else ''}{parts}; choose a multiple of {shares}."
-        )
-    if recipe.train.sync_batch_norm and fabric.device.type == "cpu":
-        raise ConfigError("train.sync_batch_norm needs GPUs; on CPUs every process normalises its own share.")
-    return fabric
-
-
-def _join_again(fabric: Fabric, restarts: int) -> None:
-    """Set up communication after a restart by torchrun.
-
-    Its store outlives the workers, so without a prefix they would find the addresses of those that are gone.
-    """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return
-    world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, world, is_master=False)  # type: ignore[attr-defined]
-    fresh = dist.PrefixStore(f"abste-{restarts}", store)  # type: ignore[attr-defined]
-    backend = "nccl" if fabric.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=fresh, rank=rank, world_size=world)
-
-
-@contextlib.contextmanager
-def _lost_processes(fabric: Fabric, run: RunDirectory) -> Iterator[None]:
-    """One sentence where communication fails, as it does for all that are left once a process has died."""
-    try:
-        yield
-    except RuntimeError as error:
-        if fabric.world_size == 1 or isinstance(error, AbsteError) or not _is_communication(error):
-            raise
-        raise RunError(
-            f"process {fabric.global_rank} of {fabric.world_size} has lost touch with another, which probably died: "
-            f"see its output; the last checkpoint in {run.path} is whole, continue with --resume."
-        ) from error
-
-
-def _is_communication(error: RuntimeError) -> bool:
-    # gloo raises bare RuntimeErrors.
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "process group"))
-
-
-def _on_rank_zero(fabric: Fabric, action: Callable[[], T]) -> T:
-    """Run ``action`` on rank 0 and give its result, or raise its error, everywhere: no rank waits for a dead one."""
-    result: T | None = None
-    error: AbsteError | None = None
-    if fabric.is_global_zero:
-        try:
-            result = action()
-        except AbsteError as caught:
-            if fabric.world_size == 1:
-                raise
-            error = caught
-    if fabric.world_size > 1:
-        result, error = fabric.broadcast((result, error))
-        if error is not None:
-            raise error
-    return result  # type: ignore[return-value]
-
-
-class _Signals:
-    """Notes the first SIGINT or SIGTERM, for the loop to stop cleanly; a second SIGINT stops at once."""
-
-    def __init__(self) -> None:
-        self.received = _RUNNING
-        self._when = 0.0
-
-    @contextlib.contextmanager
-    def caught(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield  # Python lets only the main thread handle signals
-            return
-        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _handle(self, number: int, _: Any) -> None:
-        now = time.monotonic()
-        if self.received == _RUNNING:
-            self.received, self._when = number, now
-        elif number == signal.SIGINT and now - self._when > 1:
-            # A launcher such as torchrun passes on the Ctrl-C that the terminal already sent: within a second it is
-            # the same one.
-            raise KeyboardInterrupt
 
 
 class _Loop:
@@ -300,7 +161,7 @@ class _Loop:
         torch.manual_seed(settings.seed)
 
         if fabric.world_size > 1:
-            _on_rank_zero(fabric, lambda: load_data(recipe, data_root)[2])  # one process downloads
+            on_rank_zero(fabric, lambda: load_data(recipe, data_root)[2])  # one process downloads
         self.train_images, evaluation_images, self.split = load_data(recipe, data_root)
         self.data_record = data_record(recipe, self.train_images, evaluation_images, self.split)
         grown = fabric.world_size if settings.scale else 1
@@ -316,18 +177,18 @@ class _Loop:
         # What the weights started from; a checkpoint has weights of its own, and needs no other run.
         self.started = start_from_run(self.module, recipe) if fresh else None
         check_sizes(self.module, recipe)
-        self.macs, self.macs_of_all_epochs = _macs(self.module, recipe)
+        self.macs, self.macs_of_all_epochs = count_macs(self.module, recipe)
         self.module.to(self.device)
         if settings.channels_last:
             self.module.to(memory_format=torch.channels_last)
         if settings.sync_batch_norm:
             self.module = nn.SyncBatchNorm.convert_sync_batchnorm(self.module)
-        self.raw_optimizer = _optimizer(self.module, recipe)
+        self.raw_optimizer = make_optimizer(self.module, recipe)
         for group in self.raw_optimizer.param_groups:
             group["initial_lr"] = group["lr"] * grown
         self.peak_lr = recipe.optimizer.lr * grown
-        self.schedule = _estimator_schedule(self.module, self.total_steps)
-        self.averaged = _averaged(self.module, recipe)
+        self.schedule = EstimatorSchedule(self.module, self.total_steps)
+        self.averaged = averaged_model(self.module, recipe)
         self.model, self.optimizer = fabric.setup(self._prepared(self.module), self.raw_optimizer)
         self.teacher: Teacher | None = None
         self.taught: dict[str, Any] | None = None  # by whom, up to the checkpoint
@@ -346,7 +207,7 @@ class _Loop:
         self.metrics_bytes = self.diagnostics_bytes = 0
         self.diagnostics_state: dict[str, Any] | None = None
         self.saved_step: int | None = None
-        self.signals = _Signals()
+        self.signals = Signals()
         self.git = git_state()  # at the start: the checkout may move on while the run goes on with what it imported
         self.writer: Any = None
         self.metrics_file: Any = None
@@ -354,7 +215,7 @@ class _Loop:
         self.diagnostics_file: Any = None
 
     def _prepared(self, module: nn.Module) -> nn.Module:
-        return _compiled(module, self.recipe, self.device)
+        return compile_module(module, self.recipe, self.device)
 
     @property
     def step(self) -> int:
@@ -366,14 +227,14 @@ class _Loop:
     def open(self, resume: bool) -> dict[str, Any] | None:
         """Restore the checkpoint, if any, and open the files; gives the summary of a run that is already finished."""
         if resume:
-            _on_rank_zero(
+            on_rank_zero(
                 self.fabric,
                 lambda: check_recipe(self.run.recipe, self.run.read_recipe().to_dict(), self.recipe.to_dict()),
             )
-            _on_rank_zero(self.fabric, lambda: self.run.check_data(self.data_record))
+            on_rank_zero(self.fabric, lambda: self.run.check_data(self.data_record))
             if self.run.checkpoint.exists():
                 self._restore()
-            finished = _on_rank_zero(self.fabric, self.run.read_summary)
+            finished = on_rank_zero(self.fabric, self.run.read_summary)
             if finished is not None:
                 self.progress.line(f"{self.run.path} is already finished")
                 return finished
@@ -383,7 +244,7 @@ class _Loop:
             set_random_state(random, self.device)  # a network that is built draws its first weights
             if self.taught is not None:
                 self.teacher.check(self.run.checkpoint, self.taught)
-        _on_rank_zero(self.fabric, lambda: self._open_files(resume))
+        on_rank_zero(self.fabric, lambda: self._open_files(resume))
         if self.fabric.is_global_zero:  # of its share of the batch; the weights are the same everywhere
             self.diagnostics = self._diagnostics()
         return None
@@ -496,7 +357,7 @@ class _Loop:
                     self._save()  # from here on the run needs no other
                 while self.epoch < recipe.train.epochs:
                     reason = self._train_epoch()
-                    if reason != _RUNNING:
+                    if reason != RUNNING:
                         return self._stopped(reason)
                     self._end_epoch()
                 return self._finish()
@@ -533,12 +394,12 @@ class _Loop:
             if log:
                 self._log()
             self._show(now)
-            if agree and (reason != _RUNNING or (due and self.done < self.steps_per_epoch)):
+            if agree and (reason != RUNNING or (due and self.done < self.steps_per_epoch)):
                 self._save()
-            if agree and reason != _RUNNING:
+            if agree and reason != RUNNING:
                 return reason
             begun = time.monotonic()
-        return _RUNNING
+        return RUNNING
 
     def _reduce(self, values: Tensor, how: str) -> Tensor:
         """``values`` reduced ("sum", "min" or "max") over all processes."""
@@ -550,9 +411,9 @@ class _Loop:
     def _wishes(self, now: float) -> tuple[int, bool]:
         """This process's reason to stop, and whether a checkpoint is due."""
         reason = self.signals.received
-        if reason == _RUNNING and self.step >= self.last_step:
+        if reason == RUNNING and self.step >= self.last_step:
             reason = _MAX_STEPS
-        elif reason == _RUNNING and self.deadline is not None and now >= self.deadline:
+        elif reason == RUNNING and self.deadline is not None and now >= self.deadline:
             reason = _MAX_MINUTES
         return reason, now - self.saved >= 60 * self.recipe.train.checkpoint_minutes
 
@@ -722,7 +583,7 @@ class _Loop:
             gathered: list[Any] = [None] * self.fabric.world_size
             dist.all_gather_object(gathered, states[0])
             states = gathered
-        _on_rank_zero(self.fabric, lambda: self._write_checkpoint(states))
+        on_rank_zero(self.fabric, lambda: self._write_checkpoint(states))
         self.saved, self.saved_step = time.monotonic(), self.step
 
     def _write_checkpoint(self, states: list[Any]) -> None:
@@ -778,7 +639,7 @@ class _Loop:
             network = self.averaged.module
             recalibrated(network, recipe, self.train_images, self.device)
             averaged = self._evaluate(network)
-        return _on_rank_zero(self.fabric, lambda: self._write_results(averaged))
+        return on_rank_zero(self.fabric, lambda: self._write_results(averaged))
 
     def _write_results(self, averaged: dict[str, Any] | None) -> dict[str, Any]:
         recipe, run = self.recipe, self.run
@@ -850,74 +711,3 @@ def _write_weights(path: Path, module: nn.Module, recipe: Recipe) -> str:
     data = weights_file(module.state_dict(), recipe)
     write_atomic(path, data)
     return hashlib.sha256(data).hexdigest()
-
-
-def _compiled(module: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
-    if not recipe.train.compile:
-        return module
-    compilers = filter(None, (os.environ.get("CXX"), "g++", "clang++"))
-    if device.type == "cpu" and not any(shutil.which(compiler) for compiler in compilers):
-        raise ConfigError("train.compile needs a C++ compiler on a CPU: install g++, or --set train.compile=false.")
-    # Each size of images has code of its own: what is compiled must not depend on the sizes this process saw before.
-    return torch.compile(module, dynamic=False)  # type: ignore[return-value]
-
-
-def _optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    from abste.nn import parameter_groups
-    from abste.optim import Bop, Combined, Muon
-
-    section = recipe.optimizer
-    groups = parameter_groups(
-        module,
-        section.lr,
-        section.weight_decay,
-        latent_lr=section.latent_lr,
-        latent_weight_decay=section.latent_weight_decay,
-        filters=bool(section.muon_filters),
-        flips=section.name == "bop",
-        decay_norms=bool(section.decay_norms),
-    )
-    plain = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    if section.name in plain:
-        return plain[section.name](groups, lr=section.lr, **section.arguments())
-    own = [group for group in groups if group["name"] in ("latents", "filters")]
-    rest = [group for group in groups if group["name"] not in ("latents", "filters")]
-    first: torch.optim.Optimizer
-    if section.name == "bop":
-        first = Bop(own, **section.arguments())
-    else:
-        if not own:
-            raise ConfigError(
-                "optimizer.name = 'muon' finds nothing to train: binarise weights, or set optimizer.muon_filters."
-            )
-        for group in own:
-            group["lr"] = section.lr if section.latent_lr is None else section.latent_lr
-        first = Muon(own, **section.arguments())
-    if not rest:
-        return first
-    other = section.rest or "sgd"
-    return Combined(first, plain[other](rest, lr=section.lr, **section.plain_arguments(other)))
-
-
-def _estimator_schedule(module: nn.Module, total_steps: int) -> Any:
-    from abste.estimators import EstimatorSchedule
-
-    return EstimatorSchedule(module, total_steps)
-
-
-def _averaged(module: nn.Module, recipe: Recipe) -> AveragedModel | None:
-    if recipe.average is None:
-        return None
-    ema = recipe.average.method == "ema"
-    function = get_ema_multi_avg_fn(recipe.average.decay) if ema else get_swa_multi_avg_fn()
-    return AveragedModel(module, multi_avg_fn=function)  # buffers follow the model; n_averaged stays on the CPU
-
-
-def _macs(module: nn.Module, recipe: Recipe) -> tuple[int, int]:
-    """Multiply-accumulates of one forward pass of one image: at full size, and over all epochs at the size of each."""
-    from abste.nn import summary
-
-    channels, *full = recipe.data.image_shape
-    sizes = image_sizes(recipe)
-    macs = {size: int(summary(module, (1, channels, *size)).total_macs) for size in {tuple(full), *sizes}}
-    return macs[tuple(full)], sum(macs[size] * epochs for size, epochs in sizes.items())

@@ -1,0 +1,96 @@
+"""What a recipe asks for, as objects: compiled module, optimizer, schedules, average."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
+
+from abste.errors import ConfigError
+from abste.nn import parameter_groups, summary
+from abste.optim import Bop, Combined, Muon
+from abste.train.recipe import Recipe, ScheduleSection
+from abste.train.sizes import image_sizes
+
+
+def lr_factor(schedule: ScheduleSection, step: int, total_steps: int) -> float:
+    """The learning rate of optimizer step ``step`` (from 0), as a factor of its peak: a pure function.
+
+    It rises linearly over ``warmup * total_steps`` steps, then falls to ``final`` in the shape given.
+    """
+    rising = schedule.warmup * total_steps
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    if schedule.shape == "constant":
+        return 1.0
+    fall = (step - rising) / (total_steps - rising)
+    if schedule.shape == "cosine":
+        fall = (1 - math.cos(math.pi * fall)) / 2
+    return 1.0 + (schedule.final - 1.0) * fall
+
+
+def compile_module(module: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
+    """The module itself where the recipe does not compile."""
+    if not recipe.train.compile:
+        return module
+    compilers = filter(None, (os.environ.get("CXX"), "g++", "clang++"))
+    if device.type == "cpu" and not any(shutil.which(compiler) for compiler in compilers):
+        raise ConfigError("train.compile needs a C++ compiler on a CPU: install g++, or --set train.compile=false.")
+    # Each size of images has code of its own: what is compiled must not depend on the sizes this process saw before.
+    return torch.compile(module, dynamic=False)  # type: ignore[return-value]
+
+
+def make_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Of parameters in the groups that binary networks need, with what the recipe says of each."""
+    section = recipe.optimizer
+    groups = parameter_groups(
+        module,
+        section.lr,
+        section.weight_decay,
+        latent_lr=section.latent_lr,
+        latent_weight_decay=section.latent_weight_decay,
+        filters=bool(section.muon_filters),
+        flips=section.name == "bop",
+        decay_norms=bool(section.decay_norms),
+    )
+    plain = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    if section.name in plain:
+        return plain[section.name](groups, lr=section.lr, **section.arguments())
+    own = [group for group in groups if group["name"] in ("latents", "filters")]
+    rest = [group for group in groups if group["name"] not in ("latents", "filters")]
+    first: torch.optim.Optimizer
+    if section.name == "bop":
+        first = Bop(own, **section.arguments())
+    else:
+        if not own:
+            raise ConfigError(
+                "optimizer.name = 'muon' finds nothing to train: binarise weights, or set optimizer.muon_filters."
+            )
+        for group in own:
+            group["lr"] = section.lr if section.latent_lr is None else section.latent_lr
+        first = Muon(own, **section.arguments())
+    if not rest:
+        return first
+    other = section.rest or "sgd"
+    return Combined(first, plain[other](rest, lr=section.lr, **section.plain_arguments(other)))
+
+
+def averaged_model(module: nn.Module, recipe: Recipe) -> AveragedModel | None:
+    """The average of the recipe, if it has one."""
+    if recipe.average is None:
+        return None
+    ema = recipe.average.method == "ema"
+    function = get_ema_multi_avg_fn(recipe.average.decay) if ema else get_swa_multi_avg_fn()
+    return AveragedModel(module, multi_avg_fn=function)  # buffers follow the model; n_averaged stays on the CPU
+
+
+def count_macs(module: nn.Module, recipe: Recipe) -> tuple[int, int]:
+    """Multiply-accumulates of one forward pass of one image: at full size, and over all epochs at the size of each."""
+    channels, *full = recipe.data.image_shape
+    sizes = image_sizes(recipe)
+    macs = {size: int(summary(module, (1, channels, *size)).total_macs) for size in {tuple(full), *sizes}}
+    return macs[tuple(full)], sum(macs[size] * epochs for size, epochs in sizes.items())
