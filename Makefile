@@ -10,7 +10,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 # Everything in benchmarks/ but what scripts share, what needs CIFAR-10, and what takes hours.
 BENCHMARKS = $(filter-out benchmarks/processes.py benchmarks/inference.py benchmarks/_%.py,$(sort $(wildcard benchmarks/*.py)))
 
-.PHONY: help quickstart install test test-slow fuzz lint format typecheck bench bench-inference clean
+.PHONY: help quickstart install test test-slow fuzz lint format typecheck bench bench-inference docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make typecheck    mypy"
 	@echo "make bench        the benchmarks behind README's numbers"
 	@echo "make bench-inference  packed networks against torch, onnxruntime and OpenVINO; takes hours, and can be stopped"
+	@echo "make docs         the documentation, with the API's, as a site in site/"
 	@echo "make clean        remove .venv and caches; runs/ stays"
 
 $(BIN)/pip:
@@ -81,6 +82,15 @@ bench-inference: $(VENV)/.bench
 bench: $(VENV)/.train
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
 
+$(VENV)/.docs: $(BUILT) | $(BIN)/pip
+	$(PIP_INSTALL) -e ".[docs]"
+	@touch $@
+
+# Strict: a broken link or anchor fails.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

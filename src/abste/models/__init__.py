@@ -1,7 +1,8 @@
 """The networks of the papers, in full precision: `abste.convert` binarises them.
 
->>> available()[:3]
-['imagenet_resnet18', 'imagenet_resnet18_bireal', 'imagenet_resnet34']
+Examples:
+    >>> available()[:3]
+    ['imagenet_resnet18', 'imagenet_resnet18_bireal', 'imagenet_resnet34']
 """
 
 from __future__ import annotations

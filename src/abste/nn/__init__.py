@@ -1,7 +1,8 @@
 """Binary layers, and the functions that turn any torch model into a binary one."""
 
 from abste.nn.branch import GradientBranch, remove_branches
-from abste.nn.convert import ConversionReport, LayerReport, convert
+from abste.nn.conversion import ConversionReport, LayerReport, convert
+from abste.nn.costs import LayerCost, Summary, summary
 from abste.nn.latents import ReCU, Standardize, standardize
 from abste.nn.layers import (
     BinaryActivation,
@@ -12,7 +13,6 @@ from abste.nn.layers import (
 )
 from abste.nn.parameters import latent_weights, parameter_groups, recalibrate_batch_norm
 from abste.nn.pieces import AdaptiveSet, ChannelShift, Maxout, RPReLU, RSign
-from abste.nn.summary import LayerCost, Summary, summary
 
 __all__ = [
     "AdaptiveSet",

@@ -185,7 +185,7 @@ def test_activations_against_brute_force(alone: bool) -> None:
 
 def test_the_smoothed_derivative_itself() -> None:
     """Not its direction alone: value by value, against the sum over all patterns of bits."""
-    from abste.diagnostics.probe import _cross_entropy, _Prober
+    from abste.diagnostics.probing import _cross_entropy, _Prober
     from abste.diagnostics.watch import places
 
     model, (images, labels) = tiny().double().eval(), some()
