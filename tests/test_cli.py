@@ -127,6 +127,16 @@ def test_train_stop_resume_eval_summary(
     assert "already holds a run; continue it with --resume" in capsys.readouterr().err
 
 
+def test_report(repo_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.html"
+    runs = [str(repo_root / "results" / f"cifar10-resnet20-{name}") for name in ("float", "w1a32")]
+    assert main(["report", *runs, "--out", str(page)]) == 0
+    assert capsys.readouterr().out == f"wrote {page}: cifar10-resnet20-float, cifar10-resnet20-w1a32\n"
+    assert "cifar10-resnet20-w1a32" in page.read_text(encoding="utf-8")
+    assert main(["report", str(tmp_path / "nowhere"), "--out", str(page)]) == 2
+    assert capsys.readouterr().err == f"abste: error: there is no directory {tmp_path / 'nowhere'}.\n"
+
+
 def test_summary_of_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["summary", "cifar10-resnet20-w1a1", "--set", "model.kwargs.width=4"]) == 0
     text = capsys.readouterr().out

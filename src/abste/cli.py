@@ -16,17 +16,19 @@ from typing import Any
 
 from abste.errors import AbsteError
 
-_EXTRA = (
-    "torch",
-    "torchvision",
-    "lightning_fabric",
-    "pydantic",
-    "tomli_w",
-    "safetensors",
-    "tensorboard",
-    "sklearn",
-    "scipy",
-)
+_EXTRA = {
+    "torch": "train",
+    "torchvision": "train",
+    "lightning_fabric": "train",
+    "pydantic": "train",
+    "tomli_w": "train",
+    "safetensors": "train",
+    "tensorboard": "train",
+    "sklearn": "train",
+    "scipy": "train",
+    "plotly": "report",
+}
+"""The extra that a package comes with."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if package not in _EXTRA:
             raise
         print(
-            f'abste: error: this command needs {package}; install it with: pip install "abste[train]"', file=sys.stderr
+            f'abste: error: this command needs {package}; install it with: pip install "abste[{_EXTRA[package]}]"',
+            file=sys.stderr,
         )
         return 2
     except KeyboardInterrupt:
@@ -172,6 +175,17 @@ def _parser() -> argparse.ArgumentParser:
     only.add_argument(
         "--report", action="store_true", help="write the report of the runs that are done, and start none"
     )
+
+    sub = command(
+        "report",
+        _report,
+        "draw runs on one HTML page: results, settings, curves, what estimators did; needs abste[report]",
+        "  abste report runs/r20 --out r20.html\n"
+        "  abste report runs/ste runs/ab_tanh --out both.html\n"
+        "  abste report studies/mine --out mine.html       # all runs of a study, finished or not",
+    )
+    sub.add_argument("paths", nargs="+", metavar="RUN", help="run directory, or a directory that holds some")
+    sub.add_argument("--out", required=True, metavar="FILE", help="the page, FILE.html; needs nothing beside it")
 
     sub = command(
         "summary",
@@ -451,6 +465,14 @@ def _compare(arguments: argparse.Namespace) -> int:
     write_json(report.with_suffix(".json"), result.to_dict())
     print(f"\n{result}\nwrote {report} and {report.with_suffix('.json')}")
     return status
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from abste.report import write_page
+
+    runs = write_page(arguments.paths, arguments.out)
+    print(f"wrote {arguments.out}: {', '.join(run.label for run in runs[:5])}{' and more' * (len(runs) > 5)}")
+    return 0
 
 
 def _summary(arguments: argparse.Namespace) -> int:

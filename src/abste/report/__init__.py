@@ -1,4 +1,4 @@
-"""From run directories to tables: comparisons of estimators under one protocol."""
+"""From run directories to tables and pages: comparisons of estimators under one protocol."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from abste.report.study import Arm, Planned, Setting, Study, load_study, make_st
 if TYPE_CHECKING:
     from abste.report.compare import Finished, Outcome, read_finished, run_study
     from abste.report.comparison import ArmResult, Comparison, SettingResult, compare_runs
+    from abste.report.page import Run, find_runs, write_page
 
 __all__ = [
     "Arm",
@@ -20,22 +21,26 @@ __all__ = [
     "Outcome",
     "Paired",
     "Planned",
+    "Run",
     "Setting",
     "SettingResult",
     "Study",
     "compare_runs",
     "detectable",
+    "find_runs",
     "holm",
     "load_study",
     "make_study",
     "paired",
     "read_finished",
     "run_study",
+    "write_page",
 ]
 
 _LAZY = {
     **dict.fromkeys(("Finished", "Outcome", "read_finished", "run_study"), "abste.report.compare"),
     **dict.fromkeys(("ArmResult", "Comparison", "SettingResult", "compare_runs"), "abste.report.comparison"),
+    **dict.fromkeys(("Run", "find_runs", "write_page"), "abste.report.page"),
 }
 
 
