@@ -440,7 +440,7 @@ def _styled(figure: Figure, height: int) -> Figure:
         font={"family": "system-ui, sans-serif", "size": 12},
         hovermode="x unified" if len(figure.data) <= 24 else "closest",
         paper_bgcolor="white",
-        legend={"orientation": "h", "x": 0, "y": -60 / height, "yanchor": "top"},
+        legend={"orientation": "h", "x": 0, "y": -60 / (height - 160), "yanchor": "top"},
     )
     figure.update_annotations(font_size=13)
     figure.update_xaxes(showgrid=True, gridcolor="#eee")
