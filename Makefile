@@ -41,7 +41,7 @@ $(VENV)/.train: $(BUILT) | $(BIN)/pip
 	@touch $@
 
 $(VENV)/.dev: $(BUILT) | $(BIN)/pip
-	$(PIP_INSTALL) -e ".[train,bench,dev]"
+	$(PIP_INSTALL) -e ".[train,bench,report,dev]"
 	@touch $(VENV)/.train $@
 
 install: $(VENV)/.dev
@@ -86,9 +86,9 @@ $(VENV)/.docs: $(BUILT) | $(BIN)/pip
 	$(PIP_INSTALL) -e ".[docs]"
 	@touch $@
 
-# Strict: a broken link or anchor fails.
+# Strict: a broken link or anchor fails, but not with --quiet, which hides warnings from it too.
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "site/index.html"
 
 clean:

@@ -39,14 +39,17 @@ def api(nav: Any) -> list[str]:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Links between files of the repository become links between pages; what is not on the site stays as text."""
+    """Links between files of the repository become links between pages.
+
+    What is in the repository but not on the site stays as text; what is in neither stays a link, which strict refuses.
+    """
     home = "" if page.file.src_uri in PAGES.values() else "docs"
 
     def replace(match: re.Match[str]) -> str:
         text, path, anchor = match[1], match[2], match[3] or ""
-        target = posixpath.normpath(posixpath.join(home, path))
-        target = PAGES.get(target, target.removeprefix("docs/") if target.startswith("docs/") else "")
-        if files.get_file_from_path(target) is None:
+        source = posixpath.normpath(posixpath.join(home, path))
+        target = PAGES.get(source, source.removeprefix("docs/"))
+        if files.get_file_from_path(target) is None and (ROOT / source).exists():
             return text
         return f"[{text}]({target}{anchor})"
 

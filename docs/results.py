@@ -14,14 +14,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from _tables import fill, table
 
 from abste import models
 from abste.nn import summary
 from abste.report import load_study
-from abste.train.published import PUBLISHED, TITLES, Published, bits_of
+from abste.train.published import PUBLISHED, TITLES, Published, bits_of, estimator_text
 from abste.train.recipe import Recipe, load_recipe
 
 DOCS = Path(__file__).parent
@@ -60,7 +59,7 @@ class Ours:
     def method(self) -> str:
         binarize = self.recipe.binarize
         sides = [] if binarize is None else [side for side in (binarize.weights, binarize.activations) if side]
-        names = [f"`{name}`" for name in dict.fromkeys(_text(side) for side in sides)]
+        names = [f"`{name}`" for name in dict.fromkeys(estimator_text(side) for side in sides)]
         estimators = names[0] if len(names) == 1 else f"W {names[0]}, A {names[1]}" if names else "full precision"
         optimizer = "" if self.recipe.optimizer.name == "sgd" else f", {self.recipe.optimizer.name.capitalize()}"
         taught = "" if self.recipe.distill is None else ", taught"
@@ -79,13 +78,6 @@ class Ours:
         name = self.path.relative_to(RESULTS).with_suffix("").as_posix().removeprefix("studies/")
         link = f"[{name}]({Path(os.path.relpath(self.path, page.parent)).as_posix()})"
         return f"{link}, {self.arm}" if self.arm else link
-
-
-def _text(spec: Any) -> str:
-    if isinstance(spec, str):
-        return spec
-    arguments = dict(spec)
-    return f"{arguments.pop('name')}({', '.join(f'{key}={value}' for key, value in arguments.items())})"
 
 
 def ours() -> Iterator[Ours]:

@@ -137,6 +137,7 @@ def test_a_line_that_is_being_written(runs: Path, tmp_path: Path) -> None:
     with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"kind": "train", "st')
     assert find_runs([run])[0].metrics == before
+    assert len(find_runs([run, tmp_path, run / ".." / "run"])) == 1
 
 
 def test_text_is_text(runs: Path, tmp_path: Path) -> None:
@@ -152,7 +153,7 @@ def test_what_is_no_run(runs: Path, tmp_path: Path) -> None:
     for path, message in ((tmp_path / "nowhere", "there is no directory"), (tmp_path / "empty", "holds no run")):
         with pytest.raises(RunError, match=message):
             write_page([runs, path], tmp_path / "page.html")
-    with pytest.raises(ConfigError, match=r"must end in \.html"):
+    with pytest.raises(ConfigError, match=r"its name must end in \.html"):
         write_page([runs], tmp_path / "page.txt")
     broken = tmp_path / "broken"
     shutil.copytree(runs / "ste" / "seed-0", broken)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from abste.errors import ConfigError, RunError
 from abste.train.files import write_atomic
-from abste.train.published import bits_of
+from abste.train.published import bits_of, estimator_text
 from abste.train.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def find_runs(paths: Sequence[str | Path]) -> list[Run]:
 
     Raises:
         RunError: a directory that is missing or holds no run, or a file of a run that cannot be read.
+        ConfigError: a recipe that this version does not know.
     """
     found: list[Path] = []
     for path in map(Path, paths):
@@ -84,7 +85,8 @@ def find_runs(paths: Sequence[str | Path]) -> list[Run]:
         inside = [run for run in inside if _is_run(run)]
         if not inside:
             raise RunError(f"{path} holds no run: a run directory has a recipe.toml and a metrics.jsonl.")
-        found += [run for run in inside if run not in found]
+        found += inside
+    found = list({path.resolve(): path for path in found}.values())
     runs = [_read(path) for path in found]
     for run, label in zip(runs, _labels(found), strict=True):
         run.label = label
@@ -106,11 +108,11 @@ def write_page(paths: Sequence[str | Path], out: str | Path) -> list[Run]:
 
     Raises:
         RunError: no runs where there should be some, or ``out`` cannot be written.
-        ConfigError: ``out`` does not end in .html.
+        ConfigError: ``out`` does not end in .html, or a recipe is unknown to this version.
     """
     out = Path(out)
     if out.suffix.lower() not in (".html", ".htm"):
-        raise ConfigError(f"a report is a page: --out must end in .html, not {out.name!r}.")
+        raise ConfigError(f"a report is a page: its name must end in .html, not {out.name!r}.")
     runs = find_runs(paths)
     write_atomic(out, render(runs).encode())
     return runs
@@ -153,9 +155,9 @@ def _read(path: Path) -> Run:
             json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None,
             conversion.read_text(encoding="utf-8") if conversion.exists() else "",
         )
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, ConfigError):
-            raise
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
         raise RunError(f"the run in {path} cannot be read: {error}") from error
 
 
@@ -190,8 +192,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], text: int = 1) ->
     """The first ``text`` columns are text, the others numbers."""
 
     def row(cells: Sequence[str], tag: str) -> str:
-        kind = ['""' if column < text else '"number"' for column in range(len(cells))]
-        return "".join(f"<{tag} class={k}>{html.escape(cell)}</{tag}>" for k, cell in zip(kind, cells, strict=True))
+        kinds = ["" if column < text else ' class="number"' for column in range(len(cells))]
+        return "".join(f"<{tag}{kind}>{html.escape(cell)}</{tag}>" for kind, cell in zip(kinds, cells, strict=True))
 
     body = "".join(f"<tr>{row(cells, 'td')}</tr>" for cells in rows)
     return f'<div class="wide"><table><tr>{row(head, "th")}</tr>{body}</table></div>'
@@ -207,10 +209,10 @@ def _results(runs: Sequence[Run]) -> str:
         "epochs": _progress,
         "test, %": lambda run: _accuracy(run, "test"),
         "held out, %": lambda run: _accuracy(run, "held_out"),
-        "training, %": lambda run: _last(run, "train", "accuracy", 100),
+        "training, %": lambda run: _last(run, "accuracy", 100),
         "PFLOP": lambda run: _cost(run, "estimated_training_flops", 1e-15),
         "minutes": lambda run: _cost(run, "seconds", 1 / 60),
-        "images/s": lambda run: _last(run, "train", "samples_per_second", 1, ".0f"),
+        "images/s": lambda run: _last(run, "samples_per_second", 1, ".0f"),
     }
     made = {name: [column(run) for run in runs] for name, column in columns.items()}
     kept = {name: cells for name, cells in made.items() if any(cells)}
@@ -220,10 +222,7 @@ def _results(runs: Sequence[Run]) -> str:
 
 def _estimator(run: Run, side: str) -> str:
     chosen = getattr(run.recipe.binarize, side, None)
-    if chosen is None or isinstance(chosen, str):
-        return chosen or ""
-    arguments = ", ".join(f"{key}={value}" for key, value in chosen.items() if key != "name")
-    return f"{chosen['name']}({arguments})"
+    return "" if chosen is None else estimator_text(chosen)
 
 
 def _progress(run: Run) -> str:
@@ -239,8 +238,9 @@ def _accuracy(run: Run, split: str) -> str:
     return f"{100 * found[-1]:.2f}" if found else ""
 
 
-def _last(run: Run, kind: str, key: str, factor: float, form: str = ".2f") -> str:
-    records = run.of_kind(kind)
+def _last(run: Run, key: str, factor: float, form: str = ".2f") -> str:
+    """Of training."""
+    records = run.of_kind("train")
     return f"{factor * records[-1][key]:{form}}" if records else ""
 
 

@@ -11,7 +11,7 @@ import random
 import signal
 import time
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -55,8 +55,6 @@ from abste.train.run import (
 )
 from abste.train.setup import averaged_model, compile_module, count_macs, lr_factor, make_optimizer
 from abste.train.sizes import check_sizes, image_size, resized
-
-T = TypeVar("T")
 
 _NEVER = 2**62  # a step that no run reaches
 _MAX_MINUTES, _MAX_STEPS = 1000, 1001  # reasons to stop, beside signal numbers, which are below 1000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from abste.train.recipe import Recipe
 
@@ -155,6 +155,13 @@ def bits_of(recipe: Recipe) -> Bits:
     if binarize is None:
         return "float"
     return "W1A32" if binarize.activations is None else "W32A1" if binarize.weights is None else "W1A1"
+
+
+def estimator_text(spec: str | dict[str, Any]) -> str:
+    """An estimator of a recipe in words: ``ste``, ``ab_tanh(k=4.0)``."""
+    if isinstance(spec, str):
+        return spec
+    return f"{spec['name']}({', '.join(f'{key}={value}' for key, value in spec.items() if key != 'name')})"
 
 
 def published_for(recipe: Recipe) -> list[Published]:
