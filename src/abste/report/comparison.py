@@ -156,8 +156,9 @@ def _setting(study: Study, name: str, runs: Sequence[Finished]) -> SettingResult
         for arm in chosen
         if (difference := _difference(accuracies, arm, arm + SHAPE_REMOVED)) is not None
     }
-    pairs = min((d.n for d in differences.values()), default=0)
-    sd = pooled([d.sd for d in differences.values() if d.n > 1])
+    tested = [d for d in differences.values() if d.n > 1]  # a study under way has arms of one seed beside others
+    pairs = min((d.n for d in tested), default=0)
+    sd = pooled([d.sd for d in tested])
     return SettingResult(
         setting=name,
         split=runs[0].split,
