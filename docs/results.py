@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from _tables import fill, table
 
@@ -81,12 +82,8 @@ class Ours:
 
 
 def ours() -> Iterator[Ours]:
-    """All that was scored on a test set."""
-    for path in sorted(RESULTS.glob("*/summary.json")):
-        run = json.loads(path.read_text(encoding="utf-8"))
-        if "test" in run:
-            flops = run["cost"]["estimated_training_flops"]
-            yield Ours(load_recipe(path.parent / "recipe.toml"), [100 * run["test"]["accuracy"]], flops, path.parent)
+    """All that was scored on a test set; what is kept of a study's runs, such as weights, counts in the study."""
+    studied = []
     for path in sorted(RESULTS.glob("studies/*/*.json")):
         report = json.loads(path.read_text(encoding="utf-8"))
         study = load_study(ROOT / path.relative_to(RESULTS).with_suffix(".toml"))
@@ -95,7 +92,20 @@ def ours() -> Iterator[Ours]:
                 for arm in setting["arms"]:
                     recipe = study.recipe_of(setting["setting"], arm["arm"], arm["lr_scale"])
                     accuracies = list(arm["accuracies"].values())
+                    studied.append(settings(recipe))
                     yield Ours(recipe, accuracies, arm["training_flops"], path.with_suffix(".md"), arm["arm"])
+    for path in sorted(RESULTS.glob("*/summary.json")):
+        run, recipe = json.loads(path.read_text(encoding="utf-8")), load_recipe(path.parent / "recipe.toml")
+        if "test" in run and settings(recipe) not in studied:
+            flops = run["cost"]["estimated_training_flops"]
+            yield Ours(recipe, [100 * run["test"]["accuracy"]], flops, path.parent)
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """Of a recipe, all but its name and seed."""
+    tables = recipe.to_dict()
+    train = {key: value for key, value in tables["train"].items() if key != "seed"}
+    return {key: value for key, value in tables.items() if key not in ("name", "description")} | {"train": train}
 
 
 @cache

@@ -16,6 +16,7 @@ from abste.cli import main
 from abste.data import load
 from abste.deploy import format as abste_format
 from abste.deploy.graph import Op
+from abste.train import load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +47,12 @@ def test_export(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert accuracy is not None and accuracy[1] == accuracy[2]
     assert text.endswith("wrote again.abste\n") and "times smaller than the float32 state dict" in text
     assert (folder / "again.abste").read_bytes() == (folder / "digits.abste").read_bytes()
-    assert main(["export", "run", "half.abste", "--float16"]) == 0
+    assert main(["export", "run", "half.abste", "--float16", "--description", "reads digits"]) == 0
     text = capsys.readouterr().out
     assert re.search(r"half precision .* accuracy \S+% before, \S+% after \(.* test images of digits\)", text)
-    assert abste.load("half.abste").metadata["float16"] is True
+    metadata = abste.load("half.abste").metadata
+    assert metadata["float16"] is True and metadata["description"] == "reads digits"
+    assert abste.load("again.abste").metadata["description"] == load_recipe("digits-resnet8-w1a32").description
     assert main(["verify", "run", "half.abste"]) == 0
 
 

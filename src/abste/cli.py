@@ -207,6 +207,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(sub)
     sub.add_argument("--averaged", action="store_true", help="the averaged weights, of a recipe with [average]")
     sub.add_argument("--float16", action="store_true", help="store the weights that stay float in half precision")
+    sub.add_argument("--description", metavar="TEXT", help="what the file says that it is (default: the recipe's)")
 
     command(
         "zoo",
@@ -506,6 +507,7 @@ def _export(arguments: argparse.Namespace) -> int:
         arguments.data,
         averaged=arguments.averaged,
         float16=arguments.float16,
+        description=arguments.description,
     )
     print(exported)
     print(f"\nwrote {arguments.file}")

@@ -18,7 +18,7 @@ from abste.train.run import (
     Images,
     RunDirectory,
     build_model,
-    description,
+    data_description,
     evaluation_batches,
     example_input,
     load_run,
@@ -39,6 +39,7 @@ def export_run(
     *,
     averaged: bool = False,
     float16: bool = False,
+    description: str | None = None,
 ) -> Export:
     """Export the network of a run, with its class names and normalisation.
 
@@ -48,6 +49,7 @@ def export_run(
         data_root: the folder of the data set; without it, only random images verify the file (embedded data is there).
         averaged: the averaged weights.
         float16: store the weights that stay float in half precision.
+        description: what the file says that it is, in one line; by default the description of the recipe.
 
     Raises:
         RunError, CheckpointError: see :func:`abste.load_run`.
@@ -57,11 +59,11 @@ def export_run(
     model = load_run(path, averaged=averaged)
     run = RunDirectory(path)
     recipe = run.read_recipe()
-    known = description(run, recipe)
+    known = data_description(run, recipe)
     summary = run.read_summary() or {}
     metadata = {
         "name": recipe.name,
-        "description": recipe.description,
+        "description": recipe.description if description is None else description,
         "dataset": recipe.data.name,
         "epochs": recipe.train.epochs,
         "seed": recipe.train.seed,

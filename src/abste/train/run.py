@@ -281,7 +281,7 @@ def data_record(recipe: Recipe, train: Images, evaluation: Images, split: str) -
     return record
 
 
-def description(run: RunDirectory, recipe: Recipe) -> Description | None:
+def data_description(run: RunDirectory, recipe: Recipe) -> Description | None:
     """Class names and normalisation of a run's data, from no other file than its own; None where nobody knows."""
     record = run.read_data()
     if record is None:
@@ -296,7 +296,7 @@ def load_run_data(run: RunDirectory, recipe: Recipe, root: str | Path | None) ->
         DataError: they have others.
     """
     found = load_data(recipe, root)
-    known = description(run, recipe)
+    known = data_description(run, recipe)
     if known is not None and known.classes != found[0].classes:
         pairs = zip(found[0].classes, known.classes, strict=True)  # as many as data.classes says
         number, (here, there) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
