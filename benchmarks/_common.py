@@ -41,9 +41,9 @@ def training_step(
 ) -> tuple[nn.Module, Callable[[], None]]:
     """A network of NETWORKS for CIFAR-10 and a function that trains it for one step, always on the same noise.
 
-    The step is that of our recipes: channels_last, bf16 autocast, SGD with Nesterov, and the estimators' schedule,
-    here in the middle of training. ``estimator`` takes the place of AB-Tanh; ``prepare`` gets what the step will call,
-    and its optimizer.
+    A usual step: channels_last, bf16 autocast, SGD with Nesterov, and the estimators' schedule,
+    here in the middle of training. (Ours for CIFAR-10 have Muon, which costs both alike, and images that grow.)
+    ``estimator`` takes the place of AB-Tanh; ``prepare`` gets what the step will call, and its optimizer.
     """
     torch.manual_seed(0)
     architecture, binarization = NETWORKS[name]

@@ -1,7 +1,7 @@
 /* abste: runs .abste files (docs/format.md). C11; needs memcpy and nothing else. No allocation, no globals.
  *
  *     abste_model model;
- *     if (abste_load(&model, file, file_bytes, 0) == ABSTE_OK) {
+ *     if (abste_load(&model, file, file_bytes, 0, NULL) == ABSTE_OK) {
  *         // an arena of abste_arena_bytes(&model) bytes, aligned to 64
  *         abste_run_arguments run = {.arena = arena, .arena_bytes = sizeof arena, .inputs = &image, .outputs = &logits};
  *         abste_run(&model, &run);

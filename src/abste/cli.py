@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         "train a network as a recipe says",
         "  abste train cifar10-resnet20-w1a32 --data data --out runs/r20\n"
         "  abste train cifar10-resnet20-w1a32 --data data --out runs/r20 --resume\n"
-        "  abste train cifar10-resnet20-w1a1 --data data --out runs/w1a1 --set optimizer.lr=0.2 --seed 1\n"
+        "  abste train cifar10-resnet20-w1a1 --data data --out runs/w1a1 --set train.epochs=30 --seed 1\n"
         "  abste train cifar10-resnet20-w1a1 --data data --out runs/warm --init runs/float\n"
         "  abste train finetune --model resnet20 --data photos --out runs/mine   # photos/CLASS/*.jpg\n"
         "  torchrun --nproc-per-node 2 -m abste train mine.toml --data data --out runs/mine",

@@ -146,11 +146,12 @@ def test_the_example_of_the_docs(repo_root: Path, tmp_path: Path) -> None:
         "ste",
         "ab_tanh",
         "sharper",
-        "raw",
+        "slower",
         "ab_tanh-shape_removed",
         "sharper-shape_removed",
+        "slower-shape_removed",
     ]
-    assert len(study.plan()) == 5 * (6 + 5)
+    assert len(study.plan()) == 5 * (7 + 5)
 
 
 def test_every_study_of_the_project_loads(repo_root: Path) -> None:

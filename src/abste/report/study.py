@@ -13,13 +13,13 @@ A study file names a recipe and what its runs differ in::
 
     [arms.ab_tanh]
     estimator = "ab_tanh"
-    [arms.raw]
-    estimator = "ste"
-    set = { "binarize.standardize" = false, "optimizer.latent_lr" = 2.0 }
+    [arms.slower]
+    estimator = "ab_tanh"
+    set = { "optimizer.latent_lr" = 0.03 }
     settings = ["w1a32"]                 # by default all
 
-Two controls come by themselves: STE, and for each arm with an AB-STE estimator the same arm with the shape of its slope
-removed. This module needs pydantic and tomli-w, not torch.
+Two controls come by themselves: STE, where ``control`` names no other arm, and for each arm with an AB-STE estimator
+the same arm with the shape of its slope removed. This module needs pydantic and tomli-w, not torch.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Study(Section):
     """Factors on the learning rates. With several each arm runs with each, and is compared at its best, which is found
     on held-out training images alone."""
     control: str = "ste"
-    """The arm that the others are compared with; an arm named ste is added where there is none."""
+    """The arm that the others are compared with; where it is ste, that arm is added if there is none."""
     controls: list[str] | None = None
     """AB-STE arms that get a shape-removed control; by default all."""
     settings: Annotated[dict[Name, Setting], Field(min_length=1)]

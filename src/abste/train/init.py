@@ -4,10 +4,9 @@ Parameters and buffers are matched by name and shape, and names are those of the
 put modules around its layers. So a float network starts its binary sibling, with its weights as latents; a network with
 binary activations alone starts one with both; and a run goes on under another recipe.
 
-Latents keep the size they come with. Standardised ones have an effective step of lr / RMS^2, so what counts is that the
-size is one that training leads to, and a float network's is: those of our runs of ResNet-20 with one recipe (the report
-of a start from each of ``results/``) are 0.60 times as large as fresh ones, and the latents of its binary siblings 0.55
-(W1A32) and 0.47 (W1A1).
+Latents keep the size they come with. Under SGD and Adam standardised ones have an effective step of lr / RMS^2, so what
+counts is that the size is one that training leads to, and that of a float network trained by the same recipe is. Muon
+with a norm (``muon_normalize``) sets the size itself before each step.
 """
 
 from __future__ import annotations
