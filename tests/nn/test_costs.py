@@ -182,3 +182,9 @@ def test_an_input_size_the_model_refuses() -> None:
     with pytest.raises(ConfigError, match=r"fails on an input of shape \(1, 4\): ") as raised:
         abste.summary(nn.Linear(3, 3), (1, 4))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm"])
+def test_a_parametrised_layer_costs_what_it_multiplies(name: str) -> None:
+    layer = getattr(nn.utils.parametrizations, name)(nn.Linear(8, 4, bias=False))
+    assert abste.summary(nn.Sequential(layer, nn.ReLU()), (1, 8)).total_macs == 32

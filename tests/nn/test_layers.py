@@ -14,11 +14,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import abste
 from abste.errors import ConfigError
 from abste.estimators import Annealed, Binarizer, Estimator, EstimatorSchedule
-from abste.nn import BinaryActivation, BinaryConv1d, BinaryConv2d, BinaryLinear, standardize
+from abste.nn import (
+    AdaptiveSet,
+    BinaryActivation,
+    BinaryConv1d,
+    BinaryConv2d,
+    BinaryLinear,
+    GradientBranch,
+    standardize,
+)
 
 SCALES = ("channel", "tensor", "learned", None)
 BITS = {"W1A32": ("ab_tanh", None), "W1A1": ("ab_tanh", "ab_tanh"), "W32A1": (None, "ab_tanh")}
@@ -782,3 +791,113 @@ def test_inductor_equals_eager(dynamo: Any, autocast: bool) -> None:
     noise = 1e-2 * tolerance * max(grad.norm() for grad in wanted.values())
     for name, grad in wanted.items():
         assert (found[name] - grad).norm() <= tolerance * grad.norm() + noise, name
+
+
+def stack(**options: Any) -> nn.Sequential:
+    """Two linear layers, with binary inputs where they are binary."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), BinaryLinear(8, 8, activations="ab_tanh", **options))
+    return model.train()
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan"), 1e30])
+def test_a_batch_that_overflows_is_forgotten(bad: float) -> None:
+    # A loop that leaves out steps with gradients that are not finite, as GradScaler does, goes on with the next batch.
+    layer, spared = (BinaryLinear(8, 8, activations="ab_tanh") for _ in range(2))
+    spared.load_state_dict(layer.state_dict())
+    for step in range(12):
+        x = torch.randn(32, 8, generator=torch.Generator().manual_seed(step))
+        spared(x)
+        layer(x)
+        if step == 4:
+            layer(torch.full((32, 8), bad))
+    state, expected = layer.state_dict(), spared.state_dict()
+    for key, value in expected.items():
+        torch.testing.assert_close(state[key], value, rtol=0, atol=0, msg=key)
+    x = torch.randn(32, 8, requires_grad=True)
+    layer(x).square().sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all() and x.grad.any()
+
+
+def test_the_first_batch_may_be_the_one_that_overflows() -> None:
+    layer = BinaryActivation()
+    layer(torch.full((4,), float("nan")))
+    layer(torch.full((4,), 3.0))
+    assert layer.num_batches_tracked == 1 and layer.mean_square == 9
+
+
+def test_half_precision_holds_the_largest_mean_square_it_can() -> None:
+    layer = BinaryActivation().half()
+    x = (torch.randn(64, 8, generator=torch.Generator().manual_seed(0)) * 300).half().requires_grad_()
+    layer(x).sum().backward()
+    assert layer.mean_square == torch.finfo(torch.float16).max
+    assert x.grad is not None and x.grad.isfinite().all() and x.grad.any()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_count_a_batch_once(reentrant: bool) -> None:
+    plain, saving = stack(), stack()
+    for step in range(15):
+        x = torch.randn(32, 8, generator=torch.Generator().manual_seed(step)) * (1 + step)
+        grads = []
+        for model, inner in ((plain, plain[2]), (saving, lambda x: checkpoint(saving[2], x, use_reentrant=reentrant))):
+            model.zero_grad()
+            hidden = model[0](x)  # without batch norm, so that the scale of the batches reaches the layer
+            inner(hidden).square().sum().backward()
+            grads.append(model[0].weight.grad)
+        torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=0)
+    assert saving[2].activation.num_batches_tracked == 15
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        "ab_tanh",
+        "dsq",
+        {"name": "ab_tanh", "blend": "learned"},
+        {"name": "ab_tanh", "blend": "equilibrium"},
+    ],
+    ids=str,
+)
+def test_reset_parameters_makes_memory_of_the_meta_device_a_new_layer(estimator: Any) -> None:
+    options: dict[str, Any] = {"weights": estimator, "activations": estimator, "scale": "learned", "center": "learned"}
+    layer = BinaryLinear(8, 6, device="meta", **options).to_empty(device="cpu")
+    for tensor in (*layer.parameters(), *layer.buffers()):
+        tensor.data.fill_(7)
+    torch.manual_seed(1)
+    layer.reset_parameters()
+    torch.manual_seed(1)
+    fresh = BinaryLinear(8, 6, **options).state_dict()
+    assert layer.state_dict().keys() == fresh.keys()
+    for key, value in layer.state_dict().items():
+        torch.testing.assert_close(value, fresh[key], rtol=0, atol=0, msg=key)
+
+
+def test_frozen_latents_are_not_clamped() -> None:
+    layer = BinaryLinear(4, 4, standardize=False)
+    with torch.no_grad():
+        layer.weight.fill_(100)
+    layer.weight.requires_grad_(False)
+    layer(torch.ones(2, 4))
+    assert (layer.weight == 100).all()
+    layer.weight.requires_grad_()
+    layer(torch.ones(2, 4))
+    assert (layer.weight < 100).all()
+
+
+@pytest.mark.parametrize("wrap", [None, "set", "branch"])
+def test_the_input_can_be_named_as_in_torch(wrap: str | None) -> None:
+    layer: Any = BinaryConv2d(3, 4, 3, activations="ab_tanh")
+    if wrap is not None:
+        layer = AdaptiveSet(layer) if wrap == "set" else GradientBranch(layer)
+    layer.eval()
+    x = torch.randn(2, 3, 5, 5)
+    torch.testing.assert_close(layer(input=x), layer(x), rtol=0, atol=0)
+    linear = BinaryLinear(5, 2).eval()
+    torch.testing.assert_close(linear(input=x), linear(x), rtol=0, atol=0)
+
+
+def test_layers_tell_their_shape_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        layer = BinaryConv2d(3, 4, 3, activations="ab_tanh")
+        assert layer(torch.empty(2, 3, 8, 8)).shape == (2, 4, 6, 6)

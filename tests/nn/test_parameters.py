@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.utils.data
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import abste
 from abste.errors import ConfigError
@@ -204,3 +207,30 @@ def test_a_recalibration_that_fails_changes_nothing() -> None:
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert all(m.training for m in model.modules())
     assert model[1].momentum == 0.1
+
+
+def test_latents_under_parametrizations_and_pruning_are_latents() -> None:
+    layers = [abste.nn.BinaryLinear(8, 8, bias=False) for _ in range(4)]
+    torch.nn.utils.parametrizations.weight_norm(layers[1])
+    prune.l1_unstructured(layers[2], "weight", 0.5)
+    torch.nn.utils.parametrizations.spectral_norm(layers[3])
+    model = nn.Sequential(*layers)
+    groups = names_of(model, parameter_groups(model, 0.1, latent_lr=1.0))
+    latents = ["0.weight", "1.parametrizations.weight.original1", "2.weight_orig", "3.parametrizations.weight.original"]
+    assert groups == {"latents": latents, "weights": ["1.parametrizations.weight.original0"]}
+
+
+def test_rates_may_be_numpy_numbers() -> None:
+    (group,) = parameter_groups(nn.Linear(2, 2, bias=False), np.float32(0.5), np.float64(0.25))  # type: ignore[arg-type]
+    assert (group["lr"], group["weight_decay"]) == (0.5, 0.25)
+
+
+def test_recalibration_takes_the_batches_of_a_data_loader() -> None:
+    images = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    first, second = network(), network()
+    second.load_state_dict(first.state_dict())
+    data = torch.utils.data.TensorDataset(images, torch.zeros(12))
+    assert recalibrate_batch_norm(first, torch.utils.data.DataLoader(data, batch_size=4)) == 3
+    recalibrate_batch_norm(second, images.split(4))
+    for key, value in first.state_dict().items():
+        torch.testing.assert_close(value, second.state_dict()[key], rtol=0, atol=0, msg=key)

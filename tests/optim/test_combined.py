@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import copy
+import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +11,8 @@ import torch
 from torch import nn
 
 from abste.errors import ConfigError
+from abste.estimators import EstimatorSchedule
+from abste.nn import BinaryLinear
 from abste.optim import Bop, Combined, Muon
 
 SHAPES: list[tuple[int, ...]] = [(4, 3, 3, 3), (5, 7), (4,), (3, 2), (6,)]
@@ -101,3 +106,55 @@ def test_no_step_reads_from_the_device() -> None:
         for parameter in p:
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"]
+)
+def test_a_copy_goes_on_by_itself(copied: Callable[[Any], Any]) -> None:
+    def step(p: list[nn.Parameter], optimizer: Combined) -> None:
+        for parameter in p:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+
+    ours = parameters()
+    optimizer = muon_and_sgd(ours)
+    step(ours, optimizer)
+    theirs, other = copied((ours, optimizer))
+    other.param_groups[1]["lr"] = 0.3
+    assert other.optimizers[1].param_groups[0]["lr"] == 0.3 and optimizer.param_groups[1]["lr"] == 0.1
+    other.param_groups[1]["lr"] = 0.1
+    step(ours, optimizer)
+    step(theirs, other)
+    for p, q in zip(ours, theirs, strict=True):
+        assert p is not q
+        torch.testing.assert_close(p, q, rtol=0, atol=0)
+
+
+def test_schedulers_find_the_momentum_that_all_have() -> None:
+    optimizer = muon_and_sgd(parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=[0.1, 0.2], total_steps=4)
+    assert [group["momentum"] for group in optimizer.optimizers[1].param_groups] == [0.95]
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    schedule.step()
+    assert optimizer.optimizers[0].param_groups[0]["lr"] == pytest.approx(optimizer.param_groups[1]["lr"] / 2)
+
+
+def test_a_forgotten_schedule_is_told_of_after_as_many_steps_as_with_one_optimizer() -> None:
+    model = nn.Sequential(BinaryLinear(4, 4), nn.Linear(4, 2))
+    optimizer = Combined(Muon([model[0].weight]), torch.optim.SGD(model[1].parameters(), lr=0.1))
+    schedule = EstimatorSchedule(model, total_steps=100)
+    steps = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        while steps < 20:
+            optimizer.zero_grad()
+            model(torch.ones(3, 4)).sum().backward()
+            steps += 1
+            try:
+                optimizer.step()
+            except UserWarning:
+                break
+    assert steps == 10 and schedule is not None

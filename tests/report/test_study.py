@@ -159,3 +159,18 @@ def test_every_study_of_the_project_loads(repo_root: Path) -> None:
     assert studies
     for path in studies:
         assert load_study(path).plan()
+
+
+def test_an_estimator_that_would_replace_nothing_is_refused() -> None:
+    floats = {"set": {"data.holdout": 100, "binarize": "none"}, "settings": {"w1a32": {}}}
+    with pytest.raises(
+        ConfigError, match=r"w1a32, ste: 'estimator' replaces nothing, since the recipe binarises nothing"
+    ):
+        small(**floats)
+    study = small(**{**floats, "settings": {"w1a32": {"vary": ["weights"]}}})
+    assert study.recipe_of("w1a32", "ab_tanh").to_dict()["binarize"]["weights"] == "ab_tanh"
+
+
+def test_learning_rates_whose_directories_would_be_one_are_refused() -> None:
+    with pytest.raises(ConfigError, match="must not name anything twice"):
+        small(lr_scale=[1.0, 1.0000001])

@@ -410,6 +410,8 @@ def test_devices_that_are_not_there(tiny: Tiny, tmp_path: Path) -> None:
         fit(tiny(), None, tmp_path / "r", strategy="fsdp")
     with pytest.raises(ConfigError, match="max_minutes"):
         fit(tiny(), None, tmp_path / "r", max_minutes=math.nan)
+    with pytest.raises(ConfigError, match="max_steps must be at least 1, not 0"):
+        fit(tiny(), None, tmp_path / "r", max_steps=0)
     assert list(tmp_path.iterdir()) == []
 
 

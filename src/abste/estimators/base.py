@@ -286,6 +286,10 @@ class Annealed(nn.Module):
         super().__init__()
         self.register_buffer("annealing", torch.tensor([0, 1]))
 
+    def reset_parameters(self) -> None:
+        """Back to the start of training; what a module on the meta device needs once it has memory."""
+        self.annealing.copy_(torch.tensor([0, 1]))
+
     def progress(self) -> Tensor:
         """The fraction of training done, float32 scalar in [0, 1], on the module's device."""
         return fraction_done(self.annealing)

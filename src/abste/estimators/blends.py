@@ -133,7 +133,14 @@ class Learned(Blend):
         start = fraction("Learned", "a", a)
         if not 0 < start < 1:
             raise ConfigError(f"Learned: a must lie between 0 and 1, got {a}: at an end it would never move.")
-        self.theta = nn.Parameter(torch.tensor(math.log(start / (1 - start))))
+        self.start = start
+        self.theta = nn.Parameter(torch.empty(()))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Back to where a starts."""
+        self.theta.fill_(math.log(self.start / (1 - self.start)))
 
     def weight(self, x: Tensor) -> Tensor:
         return torch.sigmoid(self.theta.detach().float())
@@ -215,6 +222,10 @@ class Equilibrium(Blend, Annealed):
         super()._apply(fn, recurse)
         self._tap = torch.zeros(6, device=self.state.device, requires_grad=True)
         return self
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.state.zero_()
 
     def weight(self, x: Tensor) -> Tensor:
         return self.state.view(torch.float32)[0]

@@ -42,7 +42,13 @@ class DSQ(Estimator):
 
     def __init__(self, alpha: float | None = None, t: float | None = None) -> None:
         super().__init__(alpha=alpha, t=t)
-        self.theta = nn.Parameter(torch.tensor(math.log(self.alpha / (1.0 - self.alpha))))
+        self.theta = nn.Parameter(torch.empty(()))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Back to where alpha starts."""
+        self.theta.fill_(math.log(self.alpha / (1.0 - self.alpha)))
 
     def check(self) -> None:
         super().check()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
@@ -40,7 +41,7 @@ class EstimatorSchedule:
         self._equilibria = [module for module in self._annealed if isinstance(module, Equilibrium)]
         self._apply()
         self._parameters = {id(parameter) for parameter in model.parameters()}
-        self._idle = 0
+        self._idle: Counter[int] = Counter()  # steps of each optimizer; one may be made of several
         if self._annealed:
             _WAITING.add(self)
             if not _HOOKS:
@@ -93,8 +94,8 @@ _HOOKS: list[Any] = []
 def _after_step(optimizer: Any, *_: Any) -> None:
     for schedule in list(_WAITING):
         if any(id(p) in schedule._parameters for group in optimizer.param_groups for p in group["params"]):
-            schedule._idle += 1
-            if schedule._idle == _PATIENCE:
+            schedule._idle[id(optimizer)] += 1
+            if schedule._idle[id(optimizer)] == _PATIENCE:
                 _WAITING.discard(schedule)
                 warnings.warn(
                     f"the optimizer has stepped {_PATIENCE} times but EstimatorSchedule.step() was never called: the "

@@ -102,11 +102,11 @@ class GradientBranch(nn.Module):
     def _core(self) -> BinaryConv1d | BinaryConv2d | BinaryLinear:
         return self.layer.layer if isinstance(self.layer, AdaptiveSet) else self.layer
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """The layer's output."""
         if not (self.training and torch.is_grad_enabled()):
-            return cast(Tensor, self.layer(x))
-        own, other, weight = _Balance.apply(x, self.branch, self.eta)
+            return cast(Tensor, self.layer(input))
+        own, other, weight = _Balance.apply(input, self.branch, self.eta)
         core = self._core()
         side = F.linear(other, weight) if isinstance(core, nn.Linear) else core._conv_forward(other, weight, None)
         return cast(Tensor, _Attach.apply(self.layer(own), side))

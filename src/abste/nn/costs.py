@@ -157,10 +157,11 @@ def summary(model: nn.Module, input_size: Sequence[int], *, dtype: torch.dtype |
     macs: dict[nn.Module, tuple[int, int]] = {}
 
     def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
+        given = tree_leaves((args, kwargs))
+        if isinstance(output, Tensor) and given:  # a parametrization computes a weight from nothing
             shapes.setdefault(module, tuple(output.shape[1:]))
             before = macs.get(module, (0, 0))
-            found = _macs_by_width(module, tree_leaves((args, kwargs))[0], output)
+            found = _macs_by_width(module, given[0], output)
             macs[module] = before[0] + found[0], before[1] + found[1]
 
     hooks = [module.register_forward_hook(note, with_kwargs=True) for module in owners.values()]

@@ -181,7 +181,7 @@ def contract(
         The output, in the dtype of autocast where that is on, else in the weight's.
     """
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         weight = weight.to(torch.get_autocast_dtype(device))
     if binarizer is None:
         x = x.to(weight.dtype)

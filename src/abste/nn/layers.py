@@ -75,22 +75,31 @@ class BinaryActivation(nn.Module):
         """1 / running RMS, a float32 scalar, or None without normalisation; in training x is counted first."""
         if not self.normalize:
             return None
-        if self.training and x.numel():
+        if self.training and x.numel() and not _recomputes():
             norm = torch.linalg.vector_norm(x.detach(), dtype=torch.promote_types(x.dtype, torch.float32))
-            batch = (norm.square() / x.numel()).to(self.mean_square.dtype)
-            self.num_batches_tracked.add_(1)
-            weight = (1.0 / self.num_batches_tracked).clamp(min=self.momentum).to(batch.dtype)
-            self.mean_square.lerp_(batch, weight)
+            batch = norm.square() / x.numel()
+            # What is not finite would stay for good, even where the loop leaves out that step, as GradScaler does.
+            finite = batch.isfinite()
+            self.num_batches_tracked.add_(finite)
+            weight = (1.0 / self.num_batches_tracked.clamp(min=1)).clamp(min=self.momentum)
+            held = self.mean_square.dtype
+            batch = batch.clamp(max=torch.finfo(held).max).to(held)
+            self.mean_square.lerp_(torch.where(finite, batch, self.mean_square), weight.to(held))
         # The limit is what float16 can hold: a layer that has seen nothing but zeros must not turn them into NaN.
         return (self.mean_square.float() + EPS).rsqrt().clamp(max=6e4)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """sign(x)."""
-        _check_float(self, x)
-        inverse = self.inverse_rms(x)
-        if inverse is not None:
-            x = x * inverse.to(x.dtype)
-        return self.estimator(x)
+    def reset_parameters(self) -> None:
+        """Forget the inputs seen, and bring the estimator back to its start."""
+        if self.normalize:
+            self.mean_square.fill_(1)
+            self.num_batches_tracked.zero_()
+        _reset(self)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """sign(input)."""
+        _check_float(self, input)
+        inverse = self.inverse_rms(input)
+        return self.estimator(input if inverse is None else input * inverse.to(input.dtype))
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
@@ -147,6 +156,13 @@ class _BinaryLayer(nn.Module):
         if self.learned_center is not None:
             self.learned_center.copy_(self.weight.flatten(1).mean(1))
 
+    def reset_parameters(self) -> None:
+        """Draw the latents anew, as torch.nn does, and bring all else back to its start, such as estimators."""
+        super().reset_parameters()  # type: ignore[misc]  # of the torch.nn layer
+        if hasattr(self, "weight_binarizer"):  # that layer's constructor is the first to call this
+            self.reset_scale()
+            _reset(self)
+
     def _measured(self) -> Tensor:
         """The latents that a scale or a centre is computed from."""
         return self.weight if self.scale_gradient else self.weight.detach()
@@ -168,7 +184,8 @@ class _BinaryLayer(nn.Module):
         # A raw latent beyond the clip gets no gradient and would never come back. Through .data, since a layer that
         # is called twice before the backward still needs the first call's weight, whose values this does not change.
         binarizer = self.weight_binarizer
-        if self.training and binarizer is not None and self.standardize is False and binarizer.t < math.inf:
+        learns = self.training and self.weight.requires_grad
+        if learns and binarizer is not None and self.standardize is False and binarizer.t < math.inf:
             self.weight.data.clamp_(-binarizer.t, binarizer.t)
 
     def _signs(self) -> Tensor:
@@ -275,6 +292,21 @@ def _contract_centered(
     return (sums + added * window).flatten(channel, channel + 1)
 
 
+def _reset(module: nn.Module) -> None:
+    """What is inside it, as if it were new."""
+    for child in module.children():
+        reset = getattr(child, "reset_parameters", None)
+        if callable(reset):
+            reset()
+        else:
+            _reset(child)
+
+
+def _recomputes() -> bool:
+    """Whether this forward is one of a backward, which does it once more: activation checkpointing."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def _check_float(layer: nn.Module, x: Tensor) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         found = x.dtype if isinstance(x, Tensor) else type(x).__name__
@@ -338,8 +370,9 @@ class _BinaryConv(_BinaryLayer, nn.modules.conv._ConvNd):
                 border = tuple(self._reversed_padding_repeated_twice)
         return Convolution(self.stride, padding, self.dilation, self.groups, border, self.pad_value)
 
-    def forward(self, x: Tensor, offset: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, offset: Tensor | None = None) -> Tensor:
         """Convolve. An ``offset``, one number, is added to the binarised input (see :class:`~abste.nn.AdaptiveSet`)."""
+        x = input
         _check_float(self, x)
         spatial = len(self.stride)
         if x.dim() not in (spatial + 1, spatial + 2) or x.shape[-spatial - 1] != self.in_channels:
@@ -454,12 +487,14 @@ class BinaryLinear(_BinaryLayer, nn.Linear):
             center=center,
         )
 
-    def forward(self, x: Tensor, offset: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, offset: Tensor | None = None) -> Tensor:
         """Multiply. An ``offset``, one number, is added to the binarised input (see :class:`~abste.nn.AdaptiveSet`)."""
-        _check_float(self, x)
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise ConfigError(f"BinaryLinear needs an input of shape (..., {self.in_features}), got {tuple(x.shape)}.")
-        return self._contract(x, Product(), self.bias, offset)
+        _check_float(self, input)
+        if input.dim() == 0 or input.shape[-1] != self.in_features:
+            raise ConfigError(
+                f"BinaryLinear needs an input of shape (..., {self.in_features}), got {tuple(input.shape)}."
+            )
+        return self._contract(input, Product(), self.bias, offset)
 
 
 BINARY_LAYERS = (BinaryConv1d, BinaryConv2d, BinaryLinear)

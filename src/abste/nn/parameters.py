@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from numbers import Real
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
 
 from abste.errors import ConfigError
 from abste.estimators import IdentitySTE
-from abste.nn.layers import BINARY_LAYERS
+from abste.nn.layers import BINARY_LAYERS, BinaryConv1d, BinaryConv2d, BinaryLinear
 
 
 def latent_weights(model: nn.Module) -> list[Tensor]:
     """The latent weights of a model's binary layers, in order, each once."""
-    latents = [m.weight for m in model.modules() if isinstance(m, BINARY_LAYERS) and m.weight_binarizer is not None]
-    return list(dict.fromkeys(latents))
+    layers = [m for m in model.modules() if isinstance(m, BINARY_LAYERS) and m.weight_binarizer is not None]
+    return list(dict.fromkeys(latent for layer in layers for latent in _latents(layer)))
+
+
+def _latents(layer: BinaryConv1d | BinaryConv2d | BinaryLinear) -> list[Tensor]:
+    """A layer's weight; where something computes it (parametrizations, pruning), what it is computed from."""
+    if parametrize.is_parametrized(layer, "weight"):
+        originals = cast(nn.ModuleDict, layer.parametrizations)["weight"].parameters()
+        return [original for original in originals if original.shape == layer.weight.shape]
+    return [cast(Tensor, getattr(layer, "weight_orig", layer.weight))]
 
 
 def parameter_groups(
@@ -64,7 +74,7 @@ def parameter_groups(
         "latent_weight_decay": latent_weight_decay,
     }
     for key, value in rates.items():
-        if value is not None and not (isinstance(value, int | float) and value >= 0):
+        if value is not None and not (isinstance(value, Real) and float(value) >= 0):
             raise ConfigError(f"parameter_groups: {key} must be a number and not negative, got {value!r}.")
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
@@ -132,7 +142,7 @@ def _check_flips(model: nn.Module, latents: list[Tensor]) -> None:
 
 
 @torch.no_grad()
-def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> int:
+def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Tensor | Sequence[Tensor]]) -> int:
     """Measure the batch-norm statistics of a model afresh, in place: cumulative averages, in float32.
 
     Needed after weight averaging, since averaged latents have other signs than those the statistics were taken with.
@@ -141,7 +151,8 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> int:
 
     Args:
         model: any model. Without batch norm nothing happens.
-        batches: inputs of the model, already on its device; at least one.
+        batches: inputs of the model, already on its device; at least one. Of tuples, such as a DataLoader's (inputs,
+            labels), the first is taken.
 
     Returns:
         The number of batches used.
@@ -162,7 +173,8 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> int:
             norm.reset_running_stats()
             norm.momentum = None  # cumulative
             norm.train()
-        for batch in batches:
+        for found in batches:
+            batch = found if isinstance(found, Tensor) else found[0]
             with torch.autocast(batch.device.type, enabled=False):
                 model(batch.float() if batch.is_floating_point() else batch)
             count += 1

@@ -198,9 +198,9 @@ class AdaptiveSet(nn.Module):
         self.scale = nn.Parameter(layer.weight.new_full((), scale))
         self.center = nn.Parameter(layer.weight.new_full((), center))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """The layer's output for inputs of two values."""
-        y: Tensor = self.layer((x - self.center) / self.scale, self.center)
+        y: Tensor = self.layer((input - self.center) / self.scale, self.center)
         scale = self.scale.to(y.dtype)
         y = y * scale
         bias = self.layer.bias

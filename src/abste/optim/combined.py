@@ -37,10 +37,20 @@ class Combined(Optimizer):
             raise ConfigError("Combined: a parameter is in more than one of the optimizers; give it to one of them.")
         self.optimizers: tuple[Optimizer, ...] = ()
         state = [(parameter, values) for optimizer in optimizers for parameter, values in optimizer.state.items()]
-        super().__init__(groups, {})
+        # Defaults that all have: what some schedulers look for, such as momentum.
+        common = set.intersection(*(set(optimizer.defaults) for optimizer in optimizers))
+        super().__init__(groups, {key: optimizers[0].defaults[key] for key in sorted(common)})
         self.state.update(state)
         self.optimizers = optimizers
         self._share()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "optimizers": self.optimizers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "optimizers" in state:  # a copy, and not the part of a state that is loaded
+            self._share()
 
     def _share(self) -> None:
         """Give the optimizers the groups and the state of this one."""

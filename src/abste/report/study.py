@@ -94,6 +94,11 @@ class Study(Section):
         base = _load(self, common, where)
         binarized = base.to_dict().get("binarize", {})
         vary = chosen.vary or [slot for slot in ("weights", "activations") if slot in binarized]
+        if alternative.estimator is not None and not vary:
+            raise ConfigError(
+                f"{where}: 'estimator' replaces nothing, since the recipe binarises nothing; "
+                'say what it is of, as in vary = ["weights"] in the setting.'
+            )
         slots = {slot: binarized.get(slot, "none") for slot in ("weights", "activations")}
         slots |= dict.fromkeys(vary, alternative.estimator) if alternative.estimator is not None else {}
         slots |= {slot: spec for slot in slots if (spec := getattr(alternative, slot)) is not None}
@@ -179,7 +184,8 @@ def make_study(tables: Mapping[str, Any], folder: Path) -> Study:
             if isinstance(table, dict):
                 checked(kind, table, f"{what}, {key}.{name}")
     study = _with_controls(checked(Study, tables, what), what)
-    if len(set(study.seeds)) < len(study.seeds) or len(set(study.lr_scale)) < len(study.lr_scale):
+    scales = {f"{scale:g}" for scale in study.lr_scale}  # as run directories are named
+    if len(set(study.seeds)) < len(study.seeds) or len(scales) < len(study.lr_scale):
         raise ConfigError(f"{what}: 'seeds' and 'lr_scale' must not name anything twice.")
     for name, arm in study.arms.items():
         for setting in arm.settings or ():

@@ -111,6 +111,8 @@ def fit(
     """
     if max_minutes is not None and not max_minutes >= 0:
         raise ConfigError(f"max_minutes must be at least 0, not {max_minutes}.")
+    if max_steps is not None and max_steps < 1:
+        raise ConfigError(f"max_steps must be at least 1, not {max_steps}.")
     models.check(recipe.model.name, *recipe.model.kwargs)  # before data is looked for, or downloaded
     started = time.monotonic()
     threads = torch.get_num_threads()
