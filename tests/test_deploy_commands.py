@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -78,6 +79,10 @@ def test_verify_finds_one_flipped_bit(folder: Path, capsys: pytest.CaptureFixtur
     )
     assert told and 0 < float(told[1]) < 0.1 and int(told[2]) <= 2
     graph = abste_format.read((folder / "digits.abste").read_bytes())
+    graph.metadata = ["float16"]  # type: ignore[assignment]  # what another program may have written
+    (folder / "listed.abste").write_bytes(abste_format.write(graph))
+    assert main(["verify", "run", "listed.abste", "--images", "10"]) == 0
+    capsys.readouterr()
     node = next(node for node in graph.nodes if node.op is Op.SIGN_CONV)
     assert node.weight is not None
     node.weight[0, 0, 0, 0] ^= True
@@ -123,6 +128,10 @@ def test_predict(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["predict", "digits.abste", "missing.png"], "cannot read missing.png: it does not exist"),
         (["predict", "digits.abste", "run/recipe.toml"], "it is no image that Pillow reads"),
         (["predict", "digits.abste", "a.png", "--top", "0"], "--top must be at least 1, not 0"),
+        *[
+            (["predict", "digits.abste", name], f"cannot read {name}: it has more than eight bits per channel")
+            for name in ("deep.png", "wide.tif", "float.tif")
+        ],
     ],
 )
 def test_errors_are_one_sentence(
@@ -132,6 +141,9 @@ def test_errors_are_one_sentence(
     (folder / "empty").write_bytes(b"")
     (folder / "cut.abste").write_bytes(whole[:-100])
     (folder / "bit.abste").write_bytes(whole[:200] + bytes([whole[200] ^ 4]) + whole[201:])
+    Image.fromarray(np.full((8, 8), 300, np.uint16)).save("deep.png")
+    Image.fromarray(np.full((8, 8), 300, np.int32)).save("wide.tif")
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save("float.tif")
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("abste: error: ") and message in captured.err
@@ -144,6 +156,53 @@ def test_a_file_of_another_run(folder: Path, capsys: pytest.CaptureFixture[str])
     assert main(["train", "digits-resnet8-w1a32", "--out", "other", *tiny]) == 0
     assert main(["verify", "other", "digits.abste"]) == 1
     assert "FAILED" in capsys.readouterr().out
+
+
+def test_a_file_of_another_network(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = ["--threads", "1", "--set", "model.kwargs.width=6", "train.epochs=1"]
+    assert main(["train", "digits-resnet8-w1a32", "--out", "wide", *tiny]) == 0
+    capsys.readouterr()
+    for more in ([], ["--int8", "all"]):
+        assert main(["verify", "wide", "digits.abste", *more]) == 1
+        text = capsys.readouterr().out
+        assert "FAILED: the file is of another network than the model, and there differ\n" in text
+        assert "layer1.0.conv1, weight: (4, 4, 3, 3) in the file, (6, 6, 3, 3) in the model\n" in text
+        assert "add --data" not in text
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "commands", "message"),
+    [
+        ("data.json", "{}", ["eval", "export", "verify"], "classes: it is missing"),
+        ("data.json", "[]", ["eval", "export"], "[] is of the wrong type"),
+        ("data.json", '{"classes": "abc", "mean": [0], "std": [1]}', ["eval", "export"], 'classes: "abc" is of the'),
+        ("data.json", '{"classes": ["a"], "mean": [0], "std": [1]}', ["eval", "export"], "it has 1 classes, but"),
+        ("summary.json", "{}", ["eval", "export", "resume"], "finished: it is missing"),
+        ("summary.json", "[]", ["eval", "export", "resume"], "[] is of the wrong type"),
+        (
+            "summary.json",
+            '{"finished": true, "cost": {}}',
+            ["eval", "export", "resume"],
+            "cost: seconds: it is missing",
+        ),
+    ],
+)
+def test_run_files_of_the_wrong_shape(
+    file: str, content: str, commands: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "run" / file).write_text(content)
+    arguments = {
+        "eval": ["eval", "run"],
+        "export": ["export", "run", "x.abste"],
+        "verify": ["verify", "run", "digits.abste"],
+        "resume": ["train", "run/recipe.toml", "--out", "run", "--resume"],
+    }
+    for command in commands:
+        assert main(arguments[command]) == 2
+        error = capsys.readouterr().err
+        assert (
+            error.startswith(f"abste: error: run/{file} is damaged: ") and message in error and error.count("\n") == 1
+        )
 
 
 def test_predict_without_pillow(

@@ -589,7 +589,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _hint_at_data(arguments: argparse.Namespace, checks: Sequence[Any]) -> None:
-    if not any(getattr(check, "labelled", 0) for check in checks):
+    if all(check.passed for check in checks) and not any(getattr(check, "labelled", 0) for check in checks):
         print(f"(verified on random images alone; add --data DIR to use those of {arguments.run_directory} too)")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 import abste
 from abste import models
+from abste.deploy import export
 from abste.deploy import format as abste_format
 from abste.deploy.graph import Graph, Kind, Op, StepKind
 from abste.deploy.lowering import lower
@@ -872,6 +874,32 @@ def test_wrong_models_and_normalization() -> None:
         lower(torch.relu, torch.zeros(1, 4))  # type: ignore[arg-type]
     with pytest.raises(ConversionError, match="each of 4 channels"):
         lower(nn.ReLU(), torch.zeros(1, *IMAGE), normalization=([0.5], [0.5]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"classes": [0, 1, 2]}, "classes must be a sequence of names"),
+        ({"classes": "abcd"}, "classes must be a sequence of names"),
+        ({"classes": 4}, "classes must be a sequence of names"),
+        ({"classes": ["a\ud800"]}, "classes must be a sequence of names"),
+        ({"normalization": ([0.5] * 2, [0.5])}, "each of 4 channels"),
+        ({"normalization": ("mean", "std")}, "each of 4 channels"),
+        ({"normalization": 0.5}, "each of 4 channels"),
+        ({"metadata": {"a": np.float32(1)}}, r"metadata\['a'\] must be of JSON types"),
+        ({"metadata": {"a": [1, {"b": float("nan")}]}}, r"metadata\['a'\] must be of JSON types"),
+        ({"metadata": {"a": float("inf")}}, r"metadata\['a'\] must be of JSON types"),
+        ({"metadata": {(1, 2): 3}}, r"metadata\[\(1, 2\)\] must be of JSON types"),
+        ({"metadata": {"a": "\ud800"}}, r"metadata\['a'\] must be of JSON types"),
+        ({"metadata": [1]}, "metadata must be a dict of JSON types, not list"),
+    ],
+    ids=str,
+)
+def test_what_a_file_cannot_say_of_itself(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+    for float16 in (False, True):
+        with pytest.raises(ConversionError, match=f"^[^\n]*{message}[^\n]*$"):
+            export(nn.ReLU(), tmp_path / "net.abste", torch.zeros(1, *IMAGE), float16=float16, **arguments)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_signal_that_is_too_long() -> None:

@@ -12,9 +12,10 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import abste
-from abste.deploy import export, lower
+from abste.deploy import export, lower, verify_file
 from abste.deploy import format as abste_format
 from abste.errors import ConversionError, RunError
 
@@ -67,6 +68,71 @@ def test_half_precision_says_what_it_changes(tmp_path: Path) -> None:
     assert 0 < mine.difference < 1e-2 and mine.images == mine.labelled == 50 and noise.labelled == 0
     assert mine.correct[0] == 50 and "accuracy 100.00% before" in str(mine)
     assert abste.load(tmp_path / "net.abste").metadata == {"float16": True}
+
+
+class Scaled(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * 0.37
+
+
+def scaled(module: nn.Module) -> nn.Module:
+    parametrize.register_parametrization(module, "weight", Scaled())
+    return module
+
+
+@pytest.mark.parametrize("wrap", [scaled, parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_half_precision_of_parametrised_weights(wrap: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    convolution, linear = wrap(nn.Conv2d(3, 4, 3)), wrap(nn.Linear(144, 5))
+    model = nn.Sequential(convolution, nn.ReLU(), nn.Flatten(), linear).eval()
+    images = torch.randn(8, 3, 8, 8)
+    before = model(images)
+    exported = export(model, tmp_path / "net.abste", EXAMPLE, float16=True)
+    assert 0 < exported.rounding[0].difference < 1e-2
+    assert torch.equal(model(images), before) and parametrize.is_parametrized(linear, "weight")
+    file = (tmp_path / "net.abste").read_bytes()
+    weights = [node.weight for node in abste_format.read(file).nodes if node.weight is not None]
+    assert [weight.dtype for weight in weights] == [np.float16] * 2
+    assert all(check.passed for check in verify_file(model, file, EXAMPLE, float16=True))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "remedy"),
+    [
+        (nn.utils.weight_norm, "call torch.nn.utils.remove_weight_norm(module, 'weight') first."),
+        (nn.utils.spectral_norm, "call torch.nn.utils.remove_spectral_norm(module, 'weight') first."),
+        (
+            lambda m: prune.l1_unstructured(m, "weight", 0.5),
+            "call torch.nn.utils.prune.remove(module, 'weight') first.",
+        ),
+    ],
+    ids=["weight_norm", "spectral_norm", "prune"],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*was assigned during export")
+def test_weights_that_a_hook_computes(wrap: Any, remedy: str, tmp_path: Path) -> None:
+    model = nn.Sequential(wrap(nn.Conv2d(3, 4, 3)), nn.Flatten())
+    file = abste_format.write(lower(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), EXAMPLE).graph)
+    model(torch.ones(1, 3, 8, 8))  # what it leaves has a gradient
+    for call in (
+        lambda: export(model, tmp_path / "net.abste", EXAMPLE),
+        lambda: lower(model, EXAMPLE),
+        lambda: verify_file(model, file, EXAMPLE),
+    ):
+        with pytest.raises(ConversionError, match=rf"^0\.weight is computed from .*{re.escape(remedy)}$"):
+            call()
+    with torch.no_grad():
+        model.eval()(EXAMPLE)  # nor can what can be copied be rounded, if it is computed anew
+    export(model, tmp_path / "net.abste", EXAMPLE)
+    with pytest.raises(ConversionError, match=rf"^0: its weight .*to half precision; {re.escape(remedy)}$"):
+        export(model, tmp_path / "net.abste", EXAMPLE, float16=True)
+
+
+def test_what_cannot_be_copied(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1))
+    model.kept = model(EXAMPLE)  # as a forward that keeps its output for later does
+    with pytest.raises(ConversionError, match=r"^kept is .* was kept from an earlier call.*; remove it first\.$"):
+        export(model, tmp_path / "net.abste", EXAMPLE)
 
 
 def test_what_is_not_the_network_is_not_written(tmp_path: Path) -> None:

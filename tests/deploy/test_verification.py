@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -225,6 +226,60 @@ def test_layers_that_are_called_twice_and_several_outputs() -> None:
         if node.out is not None and graph.values[node.out].output and graph.values[node.out].rank == 3:
             node.steps = [*node.steps, Step(StepKind.ADD, a=np.full(3, 1e-3, np.float32))]
     assert not verify(model, abste_format.write(graph), random_batches((3, 12, 12)), "noise").passed
+
+
+def sized(width: int = 8, classes: int = 5, size: int = 3, stride: int = 1, features: int = 3) -> nn.Module:
+    """A network that can differ in one shape, on images of 12x12."""
+    torch.manual_seed(0)
+    options: Any = {"bias": False, "activations": "ste"}
+    layers = [
+        *(nn.Conv2d(features, 6, 3, bias=False), nn.BatchNorm2d(6)),
+        *(abste.nn.BinaryConv2d(6, width, size, stride=stride, **options), nn.BatchNorm2d(width)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes)),
+    ]
+    return nn.Sequential(*layers).eval()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 9}, r"  2, weight: \(9, 6, 3, 3\) in the file, \(8, 6, 3, 3\) in the model"),
+        ({"size": 5}, r"  2, weight: \(8, 6, 5, 5\) in the file, \(8, 6, 3, 3\) in the model"),
+        ({"classes": 1}, r"  output: \(1,\) in the file, \(5,\) in the model"),
+        ({"classes": 7}, r"  output: \(7,\) in the file, \(5,\) in the model"),
+        ({"features": 1}, r"  input: \(1, 12, 12\) in the file, \(3, 12, 12\) in the model"),
+        ({"stride": 2}, r"  2, output: \(8, 4, 4\) in the file, \(8, 8, 8\) in the model"),
+    ],
+    ids=str,
+)
+def test_a_file_of_other_shapes_fails_and_says_where(change: dict[str, int], message: str) -> None:
+    example = torch.zeros(1, change.get("features", 3), 12, 12)
+    file = abste_format.write(lower(sized(**change), example).graph)
+    data = "mine", [(torch.randn(2, 3, 12, 12), torch.zeros(2))]
+    constants, check = verify_file(sized(), file, EXAMPLE, data=data, int8="all")
+    assert not check.passed and constants.passed
+    first, line = str(check).splitlines()
+    assert first == "FAILED: the file is of another network than the model, and there differ"
+    assert re.fullmatch(message, line)
+
+
+def test_a_file_with_binary_weights_of_a_layer_that_has_none_fails() -> None:
+    model = sized()
+    file = abste_format.write(lower(model, EXAMPLE).graph)
+    torch.manual_seed(0)
+    model[2] = abste.nn.BinaryConv2d(6, 8, 3, weights=None, activations="ste", bias=False)
+    *_, check = verify_file(model, file, EXAMPLE)
+    assert not check.passed and "  2, weight: binary in the file, float in the model" in str(check)
+
+
+def test_one_layer_more_in_the_file_fails() -> None:
+    """A layer that the file runs twice, and the model once."""
+    torch.manual_seed(0)
+    model = Twice().eval()
+    file = abste_format.write(lower(model, EXAMPLE).graph)
+    model.forward = lambda x: ((y := model.conv(x)).mean((2, 3)), y)  # type: ignore[assignment]
+    check = verify(model, file, random_batches((3, 12, 12)), "noise")
+    assert not check.passed and "calls: 2 in the file, 1 in the model" in str(check)
 
 
 def test_a_file_of_another_model_fails() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from abste.deploy import format as abste_format
 from abste.deploy.graph import Graph, Node, Op, Value
 from abste.deploy.plan import plan
 from abste.errors import ConfigError
-from abste.runtime.network import Network, isas
+from abste.runtime import load, network
+from abste.runtime.network import MAX_THREADS, Network, isas
 from abste.runtime.reference import run
 
 Build = Callable[[int], Graph]
@@ -106,6 +108,61 @@ def test_many_threads_share_a_network(random_graph: Build) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("threads", [0, -1, MAX_THREADS + 1, np.int64(MAX_THREADS + 1), True, np.True_, 2.0, "2"])
+def test_numbers_of_threads_that_are_refused(
+    random_graph: Build, threads: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = random_graph(3)
+    packed = loaded(graph)
+    monkeypatch.setattr(packed, "_model", None)  # so that none is ever started
+    x = np.moveaxis(image(graph, 0, 1), -1, 1).copy()
+    for call in (packed, packed.profile, lambda x, threads: packed.trace(x, [], threads=threads)):
+        with pytest.raises(ConfigError, match=rf"^threads must be an integer from 1 to {MAX_THREADS}, not .*\.$"):
+            call(x, threads=threads)
+
+
+def test_numbers_of_threads(random_graph: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Integers of NumPy are some, and a machine with many cores does not ask for more than are allowed."""
+    graph = random_graph(3)
+    packed = loaded(graph)
+    x = np.moveaxis(image(graph, 0, 2), -1, 1).copy()
+    wanted = packed(x, threads=1)
+    np.testing.assert_array_equal(packed(x, threads=np.int64(2)), wanted)
+    asked = []
+
+    class Model:
+        def run(self, *arguments: Any) -> None:
+            asked.append(arguments[4])
+
+    monkeypatch.setattr(packed, "_model", Model())
+    monkeypatch.setattr(network, "available_cores", lambda: 1000)
+    packed(x)
+    assert asked == [MAX_THREADS]
+
+
+def test_a_path_may_be_bytes_and_must_be_one(random_graph: Build, tmp_path: Path) -> None:
+    path = tmp_path / "net.abste"
+    path.write_bytes(abste_format.write(random_graph(3)))
+    assert load(bytes(path)).file_bytes == load(path).file_bytes == path.stat().st_size
+    for wrong in (3, None, [path]):
+        with pytest.raises(ConfigError, match=r"^the path of an \.abste file must be a str or a Path, not \w+\.$"):
+            load(wrong)  # type: ignore[arg-type]
+
+
+def test_one_name_of_an_intermediate(random_graph: Build) -> None:
+    graph = random_graph(3)
+    packed = loaded(graph)
+    name = next(name for name in packed.intermediates() if len(name) > 1)
+    x = np.moveaxis(image(graph, 0, 1), -1, 1).copy()
+    output, found = packed(x, intermediates=name)
+    again, wanted = packed(x, intermediates=[name])
+    assert list(found) == [name]
+    np.testing.assert_array_equal(found[name], wanted[name])
+    np.testing.assert_array_equal(output, again)
+    with pytest.raises(ConfigError, match=r"^no output of 'nowhere' stands anywhere"):
+        packed(x, intermediates="nowhere")
 
 
 def test_choice_of_instruction_set(random_graph: Build, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from abste.bench import measure, peers
 from abste.bench.measure import Spread
 from abste.deploy import format as abste_format
 from abste.errors import ConfigError
-from abste.runtime.network import Int8, Network, available_cores, int8_isas, isas, load
+from abste.runtime.network import MAX_THREADS, Int8, Network, available_cores, int8_isas, isas, load
 from abste.zoo import resolve
 
 REST = 0.002
@@ -169,7 +169,7 @@ def bench(
         FormatError: see :func:`abste.load`.
     """
     cores = available_cores()
-    threads = list(dict.fromkeys(threads or (1, cores)))
+    threads = list(dict.fromkeys(threads or (1, min(cores, MAX_THREADS))))
     if batch < 1 or min(threads) < 1 or not seconds > 0:
         raise ConfigError("--batch, --threads and --seconds must be positive.")
     wanted = peers.chosen(peer_names)

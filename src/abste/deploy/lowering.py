@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -103,7 +105,7 @@ def lower(
 
     Raises:
         ConversionError: an operation, or a use of one, that the graph does not know: names the module, the operation,
-            and what to do.
+            and what to do. Or an argument that is not of these types.
     """
     if not isinstance(model, nn.Module):
         raise ConversionError(f"only a torch.nn.Module can be packed, not {type(model).__name__}.")
@@ -116,6 +118,8 @@ def lower(
         raise ConversionError(
             "example_input must be a float tensor (N, C, H, W), (N, C, L) or (N, C) with no empty dimension."
         )
+    check_metadata(metadata)
+    names = None if classes is None else _names(classes)
     example = torch.zeros(BATCH, *example_input.shape[1:])
     replaced = with_twins(model)
     try:
@@ -137,13 +141,14 @@ def lower(
     walk = Walk(program, HANDLERS)
     graph = walk.built
     if normalization is not None:
-        graph.normalization = np.array(normalization, np.float32)
-        if graph.normalization.shape != (2, graph.values[0].shape[2]):
-            channels = graph.values[0].shape[2]
+        channels = graph.values[0].shape[2]
+        with contextlib.suppress(TypeError, ValueError):  # no numbers, or lists of several lengths
+            graph.normalization = np.array(normalization, np.float32)
+        if graph.normalization is None or graph.normalization.shape != (2, channels):
             raise ConversionError(
                 f"normalization must be a mean and a standard deviation for each of {channels} channels."
             )
-    graph.classes = None if classes is None else tuple(classes)
+    graph.classes = names
     graph.metadata = metadata
     simplify(graph)
     _order_outputs(graph, walk.results)
@@ -151,6 +156,37 @@ def lower(
         to_half(graph)
     graph = plan(graph)
     return Lowered(graph, _report(model, graph))
+
+
+def check_metadata(metadata: Any) -> None:
+    """Refuse what an .abste file cannot say of itself.
+
+    Raises:
+        ConversionError: it is no dict of JSON types.
+    """
+    if metadata is None:
+        return
+    if not isinstance(metadata, dict):
+        raise ConversionError(f"metadata must be a dict of JSON types, not {type(metadata).__name__}.")
+    for key, value in metadata.items():
+        try:  # as the file has it; JSON has no word for NaN and infinity
+            json.dumps({key: value}, ensure_ascii=False, allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ConversionError(
+                f"metadata[{key!r}] must be of JSON types (str, int, float, bool, None, lists and dicts): {error}."
+            ) from error
+
+
+def _names(classes: Any) -> tuple[str, ...]:
+    if isinstance(classes, str):  # else each of its letters would be a class
+        raise ConversionError(f"classes must be a sequence of names, not the str {classes!r}.")
+    try:
+        names = tuple(classes)
+        for name in names:
+            str.encode(name)  # as the file has it
+    except (TypeError, UnicodeEncodeError) as error:
+        raise ConversionError(f"classes must be a sequence of names, each of them a str: {error}.") from error
+    return names
 
 
 def _order_outputs(graph: Graph, results: list[int]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 from abste.deploy import format as abste_format
 from abste.deploy.graph import Graph
-from abste.deploy.lowering import PackReport, lower
+from abste.deploy.lowering import PackReport, check_metadata, lower
+from abste.deploy.twins import float_copy, hook_remedy
 from abste.deploy.verification import Constants, Verification, compare_constants, random_batches, verify
 from abste.errors import ConversionError
 from abste.nn.layers import BINARY_LAYERS
@@ -126,9 +127,11 @@ def export(
         What was done.
 
     Raises:
-        ConversionError: the model cannot be lowered, or the file does not compute what the model does.
+        ConversionError: the model cannot be lowered, the file does not compute what the model does, or what it shall
+            say of itself is not of these types.
         RunError: the file cannot be written.
     """
+    check_metadata(metadata)
     if float16:
         metadata = {**(metadata or {}), "float16": True}  # the file says it, and can be verified
     lowered = lower(
@@ -180,13 +183,16 @@ def verify_file(
         ConversionError: the model cannot be lowered.
         FormatError: the file is malformed.
     """
-    model = copy.deepcopy(model).eval().float().cpu()
+    model = float_copy(model)
     if graph is None:
         graph = lower(model, example_input, float16=float16).graph
     if float16:
         round_to_half(model)
     checks: list[Check] = [compare_constants(abste_format.read(np.frombuffer(file, np.uint8).data), graph)]
-    checks.append(verify(model, file, random_batches(tuple(example_input.shape[1:])), "Gaussian noise"))
+    noise = verify(model, file, random_batches(tuple(example_input.shape[1:])), "Gaussian noise")
+    checks.append(noise)
+    if noise.unlike:  # nothing can be compared
+        return checks
     if data is not None:
         source, batches = data
         checks.append(verify(model, file, batches, source))
@@ -198,14 +204,32 @@ def verify_file(
     return checks
 
 
+class _Half(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.half().float()
+
+
 @torch.no_grad()
 def round_to_half(model: nn.Module) -> None:
-    """Round what a file in half precision rounds: the weights of float convolutions and linear layers."""
-    for module in model.modules():
+    """Round what a file in half precision rounds: the weights of float convolutions and linear layers, in place.
+
+    Raises:
+        ConversionError: a hook computes a weight anew in each call.
+    """
+    for name, module in model.named_modules():
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):
             binary = isinstance(module, BINARY_LAYERS) and module.weight_binarizer is not None
             if not binary and module.weight.abs().max() < 65504:
-                module.weight.copy_(module.weight.half().float())
+                if remedy := hook_remedy(module, "weight"):
+                    raise ConversionError(
+                        f"{name or 'the model'}: its weight is computed by a hook in each call, and cannot be rounded "
+                        f"to half precision; {remedy} first."
+                    )
+                if parametrize.is_parametrized(module, "weight"):
+                    # One more, behind the others: to remove these would take them from the model's other copies, too.
+                    parametrize.register_parametrization(module, "weight", _Half(), unsafe=True)
+                else:
+                    module.weight.copy_(_Half()(module.weight))
 
 
 @torch.no_grad()
@@ -235,7 +259,6 @@ def compare_logits(what: str, source: str, before: Logits, after: Logits, batche
 
 def _rounding(model: nn.Module, source: str, batches: Iterable[Batch]) -> Rounding:
     """Compare a model with itself, its float weights rounded to half precision."""
-    before = copy.deepcopy(model).eval().float().cpu()
-    after = copy.deepcopy(before)
+    before, after = float_copy(model), float_copy(model)
     round_to_half(after)
     return compare_logits("half precision", source, before, after, batches)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -123,12 +124,12 @@ def verify_run(
         data = np.fromfile(resolve(file), np.uint8)
     except OSError as error:
         raise FormatError(f"cannot read {os.fspath(file)}: {error.strerror or error}.") from error
-    metadata = abste_format.read(data.data).metadata or {}
+    metadata: Any = abste_format.read(data.data).metadata
     return verify_file(
         model,
         data,
         example_input(recipe),
-        float16=bool(metadata.get("float16")),
+        float16=isinstance(metadata, dict) and bool(metadata.get("float16")),  # it may be any JSON
         data=_data(run, recipe, data_root, images),
         int8=int8,
     )

@@ -225,9 +225,51 @@ def _twin(module: nn.Module) -> nn.Module:
     return _Set(module) if isinstance(module, AdaptiveSet) else _Layer(module)
 
 
+def float_copy(model: nn.Module) -> nn.Module:
+    """A copy in eval mode and float32, on the CPU.
+
+    Raises:
+        ConversionError: the model has a tensor that was computed from parameters and can not be copied, as the hooks of
+            ``weight_norm``, ``spectral_norm`` and ``prune`` of earlier versions of torch leave it.
+    """
+    try:
+        return copy.deepcopy(model).eval().float().cpu()
+    except RuntimeError as error:
+        for name, module in model.named_modules():
+            for key, value in vars(module).items():
+                if isinstance(value, Tensor) and value.grad_fn is not None:
+                    raise ConversionError(
+                        f"{f'{name}.{key}' if name else key} is computed from other parameters by a hook, or was kept "
+                        f"from an earlier call, and cannot be copied; {hook_remedy(module, key) or 'remove it'} first."
+                    ) from error
+        raise ConversionError(f"the model cannot be copied: {' '.join(str(error).split())}") from error
+
+
+_REMOVERS = {
+    "WeightNorm": "torch.nn.utils.remove_weight_norm(module, '{}')",
+    "SpectralNorm": "torch.nn.utils.remove_spectral_norm(module, '{}')",
+    "BasePruningMethod": "torch.nn.utils.prune.remove(module, '{}')",
+}
+"""What undoes each kind of hook of torch that computes a parameter anew in each call."""
+
+
+def hook_remedy(module: nn.Module, key: str) -> str | None:
+    """How to be rid of the hook that computes this parameter of a module; None where there is no such hook."""
+    for hook in module._forward_pre_hooks.values():
+        if key in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None)):
+            for base in type(hook).__mro__:
+                if base.__name__ in _REMOVERS:
+                    return f"call {_REMOVERS[base.__name__].format(key)}"
+    return None
+
+
 def with_twins(model: nn.Module) -> nn.Module:
-    """A copy whose binary layers hold signs instead of latents, in eval mode and float32."""
-    model = copy.deepcopy(model).cpu().float().eval()
+    """A copy whose binary layers hold signs instead of latents, in eval mode and float32.
+
+    Raises:
+        ConversionError: the model cannot be copied, or has a binary layer that cannot be packed.
+    """
+    model = float_copy(model)
     made: dict[int, nn.Module] = {}
     owned = {layer.activation for layer in model.modules() if isinstance(layer, BINARY_LAYERS)}
     for name, module in list(model.named_modules(remove_duplicate=False)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -114,6 +115,7 @@ class Verification:
         reference_differences: numbers in which those two differ, at the end of any node.
         labelled: images whose class is known.
         correct: how many of these the model gets right, and how many the packed network.
+        unlike: where the file has other shapes than the model, one line each; no numbers are then compared.
     """
 
     source: str
@@ -136,19 +138,28 @@ class Verification:
     reference_differences: int = 0
     correct: list[int] = field(default_factory=lambda: [0, 0])
     labelled: int = 0
+    unlike: list[str] = field(default_factory=list)
 
     @property
     def accuracy(self) -> tuple[float, float] | None:
         """Of the model and of the packed network, 0 to 1; None where no class is known."""
         return None if not self.labelled else (self.correct[0] / self.labelled, self.correct[1] / self.labelled)
 
+    def differs(self, place: str, one: Any, other: Any) -> None:
+        """Note that the file has another shape there than the model."""
+        line = f"  {place}: {one} in the file, {other} in the model"
+        if line not in self.unlike:
+            self.unlike.append(line)
+
     @property
     def passed(self) -> bool:
         """Whether it is the same network."""
         wrong = (self.wrong_integers, self.wrong_signs, self.far_bits, self.images_off, self.misclassified)
-        return self.images > 0 and not any(wrong) and self.reference_differences == 0
+        return self.images > 0 and not any(wrong) and not self.unlike and self.reference_differences == 0
 
     def __str__(self) -> str:
+        if self.unlike:
+            return "\n".join(["FAILED: the file is of another network than the model, and there differ", *self.unlike])
         lines = [f"{'passed' if self.passed else 'FAILED'} on {self.images:,} images: {self.source}"]
         lines.append(f"  binary weights         {self.signs:,} compared, {self.wrong_signs:,} differ")
         if self.integers:
@@ -191,7 +202,8 @@ def verify(
 
     Given the packed network's own bits, each integer must be that of the model's ±1 weights. A bit may differ from the
     sign that PyTorch sees only where that number lies within 1e-5 of its channel's RMS from zero, and what follows
-    from such a bit is not compared further. In images without one, logits agree to 1e-5 of the largest.
+    from such a bit is not compared further. In images without one, logits agree to 1e-5 of the largest. Of a network of
+    other shapes than the model's, these are told, and no numbers.
 
     Args:
         model: the trained model, in eval mode.
@@ -213,15 +225,28 @@ def verify(
         if node.op in (Op.SIGN_CONV, Op.XNOR) and node.name in layers:
             _compare_weights(node, layers[node.name], found)
     for images, labels in batches:
+        if found.unlike:
+            break
         if len(images):
             _compare(model, layers, graph, network, images, labels, found, reference_images, threads)
     return found
 
 
+def _listed(shapes: Iterable[tuple[int, ...]]) -> str:
+    return " and ".join(str(tuple(shape)) for shape in shapes)
+
+
 def _compare_weights(node: Node, layer: _BinaryLayer, found: Verification) -> None:
     assert node.weight is not None
+    if layer.weight_binarizer is None:
+        found.differs(f"{node.name}, weight", "binary", "float")
+        return
     wanted = _signs(layer).numpy() > 0
-    packed = np.moveaxis(node.weight, -1, 1).reshape(wanted.shape)
+    packed = np.moveaxis(node.weight, -1, 1)
+    if (len(packed), packed.size) != (len(wanted), wanted.size):
+        found.differs(f"{node.name}, weight", packed.shape, wanted.shape)
+        return
+    packed = packed.reshape(wanted.shape)
     found.signs += packed.size
     found.wrong_signs += int((packed != wanted).sum())
 
@@ -266,6 +291,18 @@ def _compare(
     finally:
         for handle in handles:
             handle.remove()
+    taken, given = [value.shape for value in network.inputs], [tuple(images.shape[1:])]
+    if taken != given:
+        found.differs("input", _listed(taken), _listed(given))
+    written, wanted_shapes = [value.shape for value in network.outputs], [result.shape[1:] for result in results]
+    if written != wanted_shapes:
+        found.differs("output", _listed(written), _listed(wanted_shapes))
+    calls = Counter(node.name for _, node in nodes)
+    for name, count in calls.items():
+        if count > len(seen.get(name, ())):
+            found.differs(f"{name}, calls", count, len(seen.get(name, ())))
+    if found.unlike:
+        return
     inputs = np.ascontiguousarray(images.numpy())
     producers = {index: number for number, node in enumerate(graph.nodes) for index in node.written()}
     points = [(number, -1) for number, _ in nodes]
@@ -278,9 +315,15 @@ def _compare(
         layer = layers[node.name]
         bits = torch.from_numpy(np.moveaxis(traced[len(nodes) + position], -1, 1) >= 0)
         before = seen[node.name].pop(0)
+        if bits.numel() != before.numel():
+            found.differs(f"{node.name}, input", tuple(bits.shape[1:]), tuple(before.shape[1:]))
+            return
         bits = bits.reshape(before.shape)
         sums = torch.from_numpy(np.moveaxis(traced[position], -1, 1))
         wanted = _integers(layer, bits)
+        if sums.numel() != wanted.numel():
+            found.differs(f"{node.name}, output", tuple(sums.shape[1:]), tuple(wanted.shape[1:]))
+            return
         found.integers += sums.numel()
         found.wrong_integers += int((sums.reshape(wanted.shape) != wanted).sum())
         # From here on with images that agree so far.

@@ -26,7 +26,7 @@ def read_image(path: str | os.PathLike[str], shape: tuple[int, ...], resize: int
         (C, H, W) float32.
 
     Raises:
-        DataError: the file is missing or no image; Pillow is missing.
+        DataError: the file is missing, no image, or has more than eight bits per channel; Pillow is missing.
         FormatError: the network does not take images.
     """
     try:
@@ -37,6 +37,10 @@ def read_image(path: str | os.PathLike[str], shape: tuple[int, ...], resize: int
         raise FormatError(f"this network takes inputs of shape {shape}, not images.")
     try:
         with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # Pillow would make all above 255 white
+                raise DataError(
+                    f"cannot read {os.fspath(path)}: it has more than eight bits per channel; convert it to eight."
+                )
             upright = ImageOps.exif_transpose(image).convert("RGB" if shape[0] == 3 else "L")
             height, width = shape[1:]
             if resize is None:
@@ -48,6 +52,8 @@ def read_image(path: str | os.PathLike[str], shape: tuple[int, ...], resize: int
                 scaled = upright.resize((size[0], size[1]), Image.Resampling.BILINEAR)
                 fitted = scaled.crop((left, top, left + width, top + height))
             pixels = np.asarray(fitted, np.float32) / 255
+    except DataError:  # which is a ValueError, too
+        raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = "it does not exist" if isinstance(error, FileNotFoundError) else "it is no image that Pillow reads"
         raise DataError(f"cannot read {os.fspath(path)}: {reason}.") from error

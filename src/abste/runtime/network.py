@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import operator
 import os
 import warnings
 from collections.abc import Iterable
@@ -37,6 +38,9 @@ MAX_ARENA = 2**30
 MAX_WORK = 10**12
 """Multiply-accumulates and comparisons for one image beyond which :func:`load` refuses a file: a small file can ask for
 years of honest work. A ResNet-152 has 10**10."""
+
+MAX_THREADS = 256
+"""The largest number of threads that a call may ask for: the process keeps them, and starts them before it computes."""
 
 
 class TensorInfo(NamedTuple):
@@ -176,7 +180,7 @@ class Network:
         self,
         *inputs: Any,
         layout: Layout = "nchw",
-        intermediates: Iterable[str] | None = None,
+        intermediates: Iterable[str] | str | None = None,
         threads: int | None = None,
     ) -> Any:
         """Run the network on a batch.
@@ -186,17 +190,21 @@ class Network:
                 (N, W, C), and (N, C), where the network's input has fewer dimensions. NumPy, or anything with
                 ``__dlpack__`` on the CPU, such as a torch tensor; not copied if contiguous. N may be 0.
             layout: of inputs, outputs and intermediates.
-            intermediates: names of modules whose outputs are wanted too. A layer with binary weights and inputs
-                gives its integer sums, before the scale (int32); any other what PyTorch's module gives (float32).
-            threads: how many to use; default: as many as the process may use cores.
+            intermediates: names of modules whose outputs are wanted too, or one name. A layer with binary weights and
+                inputs gives its integer sums, before the scale (int32); any other what PyTorch's module gives
+                (float32).
+            threads: how many to use, at most ``MAX_THREADS``; default: as many as the process may use cores.
 
         Returns:
             The output, (N, ...) float32; a tuple where the network has several. With ``intermediates`` a pair of
             that and a dict of arrays by name.
 
         Raises:
-            ConfigError: an input of the wrong shape or dtype, an unknown layout or name.
+            ConfigError: an input of the wrong shape or dtype, an unknown layout or name, a number of threads that is
+                none or too large.
         """
+        if isinstance(intermediates, str):  # else each of its letters would be a name
+            intermediates = [intermediates]
         names = list(dict.fromkeys(intermediates or ()))
         outputs, buffers = self._run(inputs, [self._point(name) for name in names], layout, threads)
         result = outputs[0] if len(outputs) == 1 else tuple(outputs)
@@ -250,10 +258,7 @@ class Network:
     ) -> tuple[list[Array], list[Array]]:
         if layout not in ("nchw", "nhwc"):
             raise ConfigError(f"unknown layout {layout!r}; {nearest(layout, ('nchw', 'nhwc'))}")
-        if threads is None:
-            threads = available_cores()
-        if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-            raise ConfigError(f"threads must be a positive integer, not {threads!r}.")
+        count = min(available_cores(), MAX_THREADS) if threads is None else _thread_count(threads)
         if len(inputs) != len(self._inputs):
             raise ConfigError(f"this network takes {len(self._inputs)} input(s), not {len(inputs)}.")
         arrays = [_array(x, value, layout) for x, value in zip(inputs, self._inputs, strict=True)]
@@ -266,7 +271,7 @@ class Network:
             whole = point < 0 and self.nodes[node].operation == "xnor"
             buffer = np.empty((batch, *self._written[node].size), np.int32 if whole else np.float32)
             traces.append((node, point, buffer))
-        self._model.run(arrays, outputs, batch, layout == "nhwc", threads, traces, times)
+        self._model.run(arrays, outputs, batch, layout == "nhwc", count, traces, times)
         return outputs, [buffer for _, _, buffer in traces]
 
     def intermediates(self) -> list[str]:
@@ -290,6 +295,16 @@ class Network:
             f"no output of {name!r} stands anywhere in this network (it may be folded into another); "
             f"{nearest(name, self.intermediates())}"
         )
+
+
+def _thread_count(threads: Any) -> int:
+    try:
+        count = 0 if isinstance(threads, bool) else operator.index(threads)  # of NumPy's integers, too
+    except TypeError:
+        count = 0
+    if not 1 <= count <= MAX_THREADS:
+        raise ConfigError(f"threads must be an integer from 1 to {MAX_THREADS}, not {threads!r}.")
+    return count
 
 
 class _Tensor(NamedTuple):
@@ -350,7 +365,7 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def load(path: str | os.PathLike[str], *, isa: str | None = None, int8: Int8 | None = None) -> Network:
+def load(path: str | bytes | os.PathLike[str], *, isa: str | None = None, int8: Int8 | None = None) -> Network:
     """Load an .abste file, which stays mapped rather than being read into memory.
 
     Args:
@@ -365,11 +380,15 @@ def load(path: str | os.PathLike[str], *, isa: str | None = None, int8: Int8 | N
             ``abste verify --int8`` tells what it costs in accuracy.
 
     Raises:
-        ConfigError: an instruction set that this machine does not have, an unknown ``int8``, or a name that is not in
-            the zoo.
+        ConfigError: an instruction set that this machine does not have, an unknown ``int8``, a name that is not in
+            the zoo, or what is no path.
         FormatError: it cannot be opened, is no .abste file, damaged, malformed, made for a newer version, or asks for
             more memory or work than ``MAX_ARENA`` and ``MAX_WORK``.
     """
+    try:
+        path = os.fsdecode(path)
+    except TypeError:
+        raise ConfigError(f"the path of an .abste file must be a str or a Path, not {type(path).__name__}.") from None
     file_path = resolve(path)
     name = file_path.name
     try:
@@ -377,5 +396,5 @@ def load(path: str | os.PathLike[str], *, isa: str | None = None, int8: Int8 | N
             data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     except (OSError, ValueError) as error:  # mmap raises the latter for an empty file
         reason = error.strerror if isinstance(error, OSError) else "it is empty"
-        raise FormatError(f"cannot load {os.fspath(path)}: {reason}.") from None
+        raise FormatError(f"cannot load {path}: {reason}.") from None
     return Network(data, name, isa, int8)

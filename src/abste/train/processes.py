@@ -45,7 +45,8 @@ def make_fabric(recipe: Recipe, accelerator: str, devices: int | str, strategy: 
                 num_nodes=num_nodes,
                 precision=recipe.train.precision,
             )
-    except (ValueError, RuntimeError, TypeError) as error:  # what Fabric raises for options that do not fit the machine
+    except (ValueError, RuntimeError, TypeError, ImportError) as error:
+        # What Fabric raises for options that do not fit the machine, and the absence of what drives a device.
         raise ConfigError(f"these devices cannot be used: {' '.join(str(error).split())}") from error
     finally:
         logger.setLevel(level)

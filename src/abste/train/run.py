@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
@@ -50,6 +51,53 @@ EVALUATION_BATCH = 500
 FILES_EVALUATION_BATCH = 100  # larger images: at 224 pixels, a layer of 64 channels takes 320 MB of them
 
 Images = ImageData | ImageFiles
+
+
+class _Table(BaseModel):
+    """The part of a JSON file that is read back; what else stands in it is not looked at."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _Result(_Table):
+    accuracy: float
+    loss: float
+    images: int
+
+
+class _Results(_Table):
+    test: _Result | None = None
+    held_out: _Result | None = None
+
+
+class _Cost(_Table):
+    seconds: float
+    samples_per_second: float
+
+
+class _Unreadable(_Table):
+    images: dict[str, Any]
+
+
+class _Commit(_Table):
+    commit: str
+    modified: bool
+
+
+class _Summary(_Results):
+    finished: bool
+    cost: _Cost
+    averaged: _Results = _Results()
+    unreadable: _Unreadable | None = None
+    git: _Commit | None = None
+    sha256: dict[str, str] = {}
+
+
+class _Data(_Table):
+    classes: list[str]
+    mean: list[float]
+    std: list[float]
+    resize: int | None = None
 
 
 class RunDirectory:
@@ -143,12 +191,20 @@ class RunDirectory:
         return make_recipe(tables, str(self.recipe))
 
     def read_summary(self) -> dict[str, Any] | None:
-        """``summary.json``, or None where the run is unfinished."""
-        return _read_json(self.summary)
+        """``summary.json``, or None where the run is unfinished.
+
+        Raises:
+            RunError: it is damaged.
+        """
+        return _read_json(self.summary, _Summary)
 
     def read_data(self) -> dict[str, Any] | None:
-        """``data.json``: what :func:`data_record` says of the run's data; None in runs of earlier versions."""
-        return _read_json(self.data)
+        """``data.json``: what :func:`data_record` says of the run's data; None in runs of earlier versions.
+
+        Raises:
+            RunError: it is damaged.
+        """
+        return _read_json(self.data, _Data)
 
     def check_data(self, record: Mapping[str, Any]) -> None:
         """Refuse to go on with other files than those that the run began with.
@@ -165,12 +221,19 @@ class RunDirectory:
                 )
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _read_json(path: Path, content: type[_Table]) -> dict[str, Any] | None:
     try:
         table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content.model_validate(table)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except ValidationError as error:  # whole JSON, but of something else
+        wrong = error.errors(include_url=False)[0]
+        place = "".join(f"{key}: " for key in wrong["loc"])
+        value = json.dumps(wrong["input"])[:40]
+        found = "it is missing" if wrong["type"] == "missing" else f"{value} is of the wrong type"
+        raise RunError(f"{path} is damaged: {place}{found}.") from error
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path} is damaged: {error}.") from error
     return table
 
@@ -282,10 +345,18 @@ def data_record(recipe: Recipe, train: Images, evaluation: Images, split: str) -
 
 
 def data_description(run: RunDirectory, recipe: Recipe) -> Description | None:
-    """Class names and normalisation of a run's data, from no other file than its own; None where nobody knows."""
+    """Class names and normalisation of a run's data, from no other file than its own; None where nobody knows.
+
+    Raises:
+        RunError: data.json is damaged.
+    """
     record = run.read_data()
     if record is None:
         return describe(recipe.data.name, recipe.data.statistics or "dataset")
+    if len(record["classes"]) != recipe.data.classes:
+        raise RunError(
+            f"{run.data} is damaged: it has {len(record['classes'])} classes, but recipe.toml {recipe.data.classes}."
+        )
     return Description(tuple(record["classes"]), tuple(record["mean"]), tuple(record["std"]))
 
 
@@ -294,6 +365,7 @@ def load_run_data(run: RunDirectory, recipe: Recipe, root: str | Path | None) ->
 
     Raises:
         DataError: they have others.
+        RunError: data.json is damaged.
     """
     found = load_data(recipe, root)
     known = data_description(run, recipe)
@@ -453,7 +525,9 @@ def evaluate(
     Raises:
         RunError, CheckpointError: see :func:`load_run`.
         DataError: see :func:`abste.data.load`.
+        ConfigError: there is no such device.
     """
+    _check_device(device)
     model = load_run(path, averaged=averaged)
     recipe = RunDirectory(path).read_recipe()
     train, images, split = load_run_data(RunDirectory(path), recipe, data_root)
@@ -461,6 +535,14 @@ def evaluate(
     if recalibrate:
         recalibrated(model, recipe, train, device)
     return {"split": split, **as_result(count_correct(model, evaluation_batches(images, recipe, device)))}
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        torch.zeros(1, device=device).item()  # which a device without memory can not give back
+    except Exception as error:  # each kind of device has its own for being absent
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ConfigError(f"device '{device}' cannot be used: {reason.rstrip('.')}.") from error
 
 
 def views(recipe: Recipe) -> Views:
