@@ -18,7 +18,7 @@ from typing import Any
 
 from _tables import fill, table
 
-from abste import models
+from abste import models, zoo
 from abste.nn import summary
 from abste.report import load_study
 from abste.train.published import PUBLISHED, TITLES, Published, bits_of, estimator_text
@@ -28,6 +28,7 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 PAGES = (ROOT / "README.md", DOCS / "results.md", DOCS / "imagenet.md")
 RESULTS = ROOT / "results"
+BENCHES = ROOT / "benchmarks" / "results" / "zoo"
 IMAGES = 50_000
 HEAD = ["method", "accuracy, %", "epochs", "PFLOP", "seeds"]
 
@@ -151,6 +152,30 @@ def photos(found: list[Ours]) -> str:
     return table(["run", "network", "bits", *HEAD], rows, left=["network", "bits", "method"])
 
 
+PEERS = {
+    "fastest float32": ("torch", "torch-compile", "onnxruntime", "openvino"),
+    "fastest int8": ("onnxruntime-int8", "openvino-int8"),
+    "OpenVINO binary": ("openvino-binary",),
+}
+
+
+def shipped() -> str:
+    """The networks of the zoo, and how fast `abste bench` found them."""
+    rows = []
+    for entry in zoo.entries():
+        bench = json.loads((BENCHES / f"{entry.name}.json").read_text(encoding="utf-8"))
+        times = {timing["engine"]: timing["time"]["median"] for timing in bench["timings"]}
+        own = min(time for engine, time in times.items() if engine.startswith("abste "))
+        ratios = []
+        for engines in PEERS.values():
+            theirs = [times[engine] for engine in engines if engine in times]
+            ratios.append(f"{min(theirs) / own:.2f}" if theirs else "")
+        rows.append(
+            [f"`zoo:{entry.name}`", f"{entry.accuracy:.2%}", f"{entry.file_bytes:,}", f"{own * 1e6:.0f} us", *ratios]
+        )
+    return table(["network", "accuracy", "bytes", "time", *PEERS], rows)
+
+
 def _cifar10(network: str, bits: str, found: list[Ours]) -> list[Ours]:
     own = [one for one in found if one.comparable]
     return [o for o in own if (o.recipe.data.name, o.recipe.model.name, o.bits) == ("cifar10", network, bits)]
@@ -166,6 +191,8 @@ def main(check: bool) -> int:
     def make(what: str, which: str) -> str:
         if what == "cifar10":
             return overview(found)
+        if what == "zoo":
+            return shipped()
         return photos(found) if what == "folder" else beside(what, which, found)
 
     current = [fill(page, make, check) for page in PAGES]
