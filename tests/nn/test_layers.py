@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import abste
 from abste.errors import ConfigError
@@ -901,3 +902,12 @@ def test_layers_tell_their_shape_on_the_meta_device() -> None:
     with torch.device("meta"):
         layer = BinaryConv2d(3, 4, 3, activations="ab_tanh")
         assert layer(torch.empty(2, 3, 8, 8)).shape == (2, 4, 6, 6)
+
+
+def test_feature_extractors_keep_binary_layers_whole() -> None:
+    model = nn.Sequential(BinaryConv2d(3, 4, 3, activations="ab_tanh"), nn.ReLU()).eval()
+    with pytest.raises(ConfigError, match=r"torch\.fx cannot trace into BinaryConv2d: make it a leaf"):
+        create_feature_extractor(model, ["1"])
+    traced = create_feature_extractor(model, ["1"], tracer_kwargs={"leaf_modules": list(abste.nn.BINARY_LAYERS)})
+    x = torch.randn(2, 3, 5, 5)
+    torch.testing.assert_close(traced(x)["1"], model(x), rtol=0, atol=0)

@@ -5,6 +5,7 @@ from abste.nn.conversion import ConversionReport, LayerReport, convert
 from abste.nn.costs import LayerCost, Summary, summary
 from abste.nn.latents import ReCU, Standardize, standardize
 from abste.nn.layers import (
+    BINARY_LAYERS,
     BinaryActivation,
     BinaryConv1d,
     BinaryConv2d,
@@ -15,6 +16,7 @@ from abste.nn.parameters import latent_weights, parameter_groups, recalibrate_ba
 from abste.nn.pieces import AdaptiveSet, ChannelShift, Maxout, RPReLU, RSign
 
 __all__ = [
+    "BINARY_LAYERS",
     "AdaptiveSet",
     "BinaryActivation",
     "BinaryConv1d",

@@ -309,7 +309,12 @@ def _recomputes() -> bool:
 
 def _check_float(layer: nn.Module, x: Tensor) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        found = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        found = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+        if found == "Proxy":
+            raise ConfigError(
+                f"torch.fx cannot trace into {type(layer).__name__}: make it a leaf, as in create_feature_extractor("
+                "model, ..., tracer_kwargs={'leaf_modules': list(abste.nn.BINARY_LAYERS)})."
+            )
         raise ConfigError(f"{type(layer).__name__} needs a floating-point tensor as input, got {found}.")
 
 
@@ -498,3 +503,4 @@ class BinaryLinear(_BinaryLayer, nn.Linear):
 
 
 BINARY_LAYERS = (BinaryConv1d, BinaryConv2d, BinaryLinear)
+"""The layers with binary weights, binary inputs, or both, for isinstance."""
