@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from _tables import fill, table
 
@@ -22,7 +21,7 @@ from abste import models, zoo
 from abste.nn import summary
 from abste.report import load_study
 from abste.train.published import PUBLISHED, TITLES, Published, bits_of, estimator_text
-from abste.train.recipe import Recipe, load_recipe
+from abste.train.recipe import Recipe, first_difference, load_recipe
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -93,20 +92,18 @@ def ours() -> Iterator[Ours]:
                 for arm in setting["arms"]:
                     recipe = study.recipe_of(setting["setting"], arm["arm"], arm["lr_scale"])
                     accuracies = list(arm["accuracies"].values())
-                    studied.append(settings(recipe))
+                    studied.append(recipe)
                     yield Ours(recipe, accuracies, arm["training_flops"], path.with_suffix(".md"), arm["arm"])
     for path in sorted(RESULTS.glob("*/summary.json")):
         run, recipe = json.loads(path.read_text(encoding="utf-8")), load_recipe(path.parent / "recipe.toml")
-        if "test" in run and settings(recipe) not in studied:
+        if "test" in run and not any(same_but_for_seed(recipe, other) for other in studied):
             flops = run["cost"]["estimated_training_flops"]
             yield Ours(recipe, [100 * run["test"]["accuracy"]], flops, path.parent)
 
 
-def settings(recipe: Recipe) -> dict[str, Any]:
-    """Of a recipe, all but its name and seed."""
-    tables = recipe.to_dict()
-    train = {key: value for key, value in tables["train"].items() if key != "seed"}
-    return {key: value for key, value in tables.items() if key not in ("name", "description")} | {"train": train}
+def same_but_for_seed(recipe: Recipe, other: Recipe) -> bool:
+    train = other.train.model_copy(update={"seed": recipe.train.seed})
+    return first_difference(recipe.to_dict(), other.model_copy(update={"train": train}).to_dict()) is None
 
 
 @cache

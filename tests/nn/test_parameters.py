@@ -223,6 +223,7 @@ def test_latents_under_parametrizations_and_pruning_are_latents() -> None:
 def test_rates_may_be_numpy_numbers() -> None:
     (group,) = parameter_groups(nn.Linear(2, 2, bias=False), np.float32(0.5), np.float64(0.25))  # type: ignore[arg-type]
     assert (group["lr"], group["weight_decay"]) == (0.5, 0.25)
+    assert type(group["lr"]) is type(group["weight_decay"]) is float, "which checkpoints can hold"
 
 
 def test_recalibration_takes_the_batches_of_a_data_loader() -> None:

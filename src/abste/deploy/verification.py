@@ -145,9 +145,9 @@ class Verification:
         """Of the model and of the packed network, 0 to 1; None where no class is known."""
         return None if not self.labelled else (self.correct[0] / self.labelled, self.correct[1] / self.labelled)
 
-    def differs(self, place: str, one: Any, other: Any) -> None:
+    def differs(self, place: str, in_file: Any, in_model: Any) -> None:
         """Note that the file has another shape there than the model."""
-        line = f"  {place}: {one} in the file, {other} in the model"
+        line = f"{place}: {in_file} in the file, {in_model} in the model"
         if line not in self.unlike:
             self.unlike.append(line)
 
@@ -159,7 +159,9 @@ class Verification:
 
     def __str__(self) -> str:
         if self.unlike:
-            return "\n".join(["FAILED: the file is of another network than the model, and there differ", *self.unlike])
+            return "\n  ".join(
+                ["FAILED: the file is of another network than the model, and there differ", *self.unlike]
+            )
         lines = [f"{'passed' if self.passed else 'FAILED'} on {self.images:,} images: {self.source}"]
         lines.append(f"  binary weights         {self.signs:,} compared, {self.wrong_signs:,} differ")
         if self.integers:

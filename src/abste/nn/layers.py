@@ -307,14 +307,14 @@ def _recomputes() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _check_float(layer: nn.Module, x: Tensor) -> None:
+def _check_float(layer: nn.Module, x: object) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        found = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
-        if found == "Proxy":
+        if isinstance(x, torch.fx.Proxy):
             raise ConfigError(
                 f"torch.fx cannot trace into {type(layer).__name__}: make it a leaf, as in create_feature_extractor("
                 "model, ..., tracer_kwargs={'leaf_modules': list(abste.nn.BINARY_LAYERS)})."
             )
+        found = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise ConfigError(f"{type(layer).__name__} needs a floating-point tensor as input, got {found}.")
 
 

@@ -76,6 +76,10 @@ def parameter_groups(
     for key, value in rates.items():
         if value is not None and not (isinstance(value, Real) and float(value) >= 0):
             raise ConfigError(f"parameter_groups: {key} must be a number and not negative, got {value!r}.")
+    # Numbers of Python, since those of NumPy in a checkpoint are what torch.load refuses.
+    lr, weight_decay = float(lr), float(weight_decay)
+    latent_lr = lr if latent_lr is None else float(latent_lr)
+    latent_weight_decay = weight_decay if latent_weight_decay is None else float(latent_weight_decay)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
         raise ConfigError("parameter_groups: the model has no parameter that requires a gradient.")
@@ -86,8 +90,8 @@ def parameter_groups(
         {
             "name": "latents",
             "params": [parameter for parameter in trainable if parameter in latents],
-            "lr": lr if latent_lr is None else latent_lr,
-            "weight_decay": weight_decay if latent_weight_decay is None else latent_weight_decay,
+            "lr": latent_lr,
+            "weight_decay": latent_weight_decay,
         },
         {
             "name": "filters",
