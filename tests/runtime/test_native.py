@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 import time
 from collections.abc import Callable
@@ -108,6 +110,35 @@ def test_many_threads_share_a_network(random_graph: Build) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda packed: pickle.loads(pickle.dumps(packed))])
+@pytest.mark.parametrize(("isa", "int8"), [(None, None), ("scalar", None), (None, "all")])
+def test_pickles_and_copies(
+    tmp_path: Path, random_graph: Build, clone: Callable[[Network], Network], isa: str | None, int8: Any
+) -> None:
+    graph = random_graph(5)
+    path = tmp_path / "one.abste"
+    path.write_bytes(abste_format.write(graph))
+    packed = load(path, isa=isa, int8=int8)
+    x = np.moveaxis(image(graph, 0, 2), -1, 1).copy()
+    wanted = packed(x)
+    text = repr(packed)
+    stored = clone(packed)
+    path.unlink()  # they stand on their own
+    assert (stored.isa, stored.int8, repr(stored)) == (packed.isa, int8, text)
+    np.testing.assert_array_equal(stored(x), wanted)
+
+
+def test_pickle_for_another_machine(random_graph: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels that were fastest where it was written need not exist where it is read."""
+    stored = pickle.dumps(loaded(random_graph(5)))
+    asked = pickle.dumps(loaded(random_graph(5), ISAS[0]))
+    monkeypatch.setattr(network, "isas", lambda: ["scalar"])
+    assert pickle.loads(stored).isa == "scalar"
+    if ISAS[0] != "scalar":
+        with pytest.raises(ConfigError, match=f"^isa: this machine has no '{ISAS[0]}'"):
+            pickle.loads(asked)
 
 
 @pytest.mark.parametrize("threads", [0, -1, MAX_THREADS + 1, np.int64(MAX_THREADS + 1), True, np.True_, 2.0, "2"])

@@ -94,7 +94,8 @@ class Profile(NamedTuple):
 class Network:
     """A packed network that is ready to run. :func:`load` makes one.
 
-    It is read only, and several threads may call it at the same time.
+    It is read only, and several threads may call it at the same time. A pickle or a deep copy of it holds the file, and
+    on another machine takes the kernels that are fastest there, unless :func:`load` was told which.
 
     Attributes:
         inputs, outputs: names and shapes.
@@ -126,6 +127,7 @@ class Network:
             )
         self.packed_bytes = int(self._model.packed_bytes(self.isa, _INT8[int8]))
         self._name = name
+        self._data, self._asked = data, isa
         self.file_bytes = int(data.nbytes)
         self.arena_bytes = int(self._model.arena_bytes)
         self._check_memory()
@@ -162,6 +164,9 @@ class Network:
             except (ValueError, RecursionError) as error:
                 raise FormatError(f"{name}: its metadata is not JSON ({error}).") from None
             self.metadata = metadata if isinstance(metadata, dict) else {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _from_bytes, (self._data.tobytes(), self._name, self._asked, self.int8)
 
     def _check_memory(self) -> None:
         memory = self.arena_bytes + self.packed_bytes
@@ -338,6 +343,10 @@ def _array(x: Any, value: _Tensor, layout: Layout) -> Array:
             f"not {x.dtype} of shape {x.shape}."
         )
     return np.ascontiguousarray(x)
+
+
+def _from_bytes(data: bytes, name: str, isa: str | None, int8: Int8 | None) -> Network:
+    return Network(np.frombuffer(data, np.uint8), name, isa, int8)
 
 
 def isas() -> list[str]:
