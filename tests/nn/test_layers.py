@@ -27,6 +27,7 @@ from abste.nn import (
     BinaryConv2d,
     BinaryLinear,
     GradientBranch,
+    functional,
     standardize,
 )
 
@@ -382,6 +383,32 @@ def test_gradients_of_other_geometries(geometry: str, pad_value: int) -> None:
     wanted = expected_gradients(layer, x, upstream, float(layer.activation.eval().inverse_rms(x)))
     found = {**{name: p.grad for name, p in layer.named_parameters()}, "x": x.grad}
     torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("batch", [0, 3])
+@pytest.mark.parametrize(
+    "geometry", [*(name for name, options in GEOMETRIES.items() if "groups" not in options), "unequal"]
+)
+def test_gradients_of_few_outputs(geometry: str, batch: int, last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the weight are a product of matrices; of many outputs they are torch's own."""
+    options = UNEQUAL if geometry == "unequal" else GEOMETRIES[geometry]
+    classes = [BinaryConv2d] if geometry == "unequal" else [BinaryConv1d, BinaryConv2d]
+    for cls, pad_value in itertools.product(classes, (0, -1) if options.get("padding_mode") is None else (0,)):
+        layer = cls(4, 6, **options, activations="ab_tanh", pad_value=pad_value, dtype=torch.float64)
+        shape = (batch, 4, 6) if cls is BinaryConv1d else (batch, 4, 6, 5)
+        x = torch.randn(shape, dtype=torch.float64)
+        if last and cls is BinaryConv2d:
+            layer, x = layer.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+        found = []
+        for few in (0, 1000):
+            monkeypatch.setattr(functional, "_FEW_OUTPUTS", few)
+            twin, seen = copy.deepcopy(layer), x.clone().requires_grad_()
+            y = twin(seen)
+            y.backward(torch.cos(torch.arange(y.numel(), dtype=y.dtype)).view_as(y))
+            found.append({**{name: p.grad for name, p in twin.named_parameters()}, "x": seen.grad})
+        assert batch == 0 or found[0]["weight"].abs().max() > 0
+        torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])

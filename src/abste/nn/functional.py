@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from abste.estimators import Binarizer
+
+_FEW_OUTPUTS = 16  # places per image up to which the gradient of a weight is a product of matrices, on a CPU
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,13 @@ class Convolution:
         self, grad: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """The gradients with respect to x and weight, where needed."""
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        by_product = need_weight and self._few_outputs(grad)
+        grad_weight = None
+        if by_product:
+            grad_weight = self._weight_gradient(grad, x, weight.shape[2:])
+            if not need_x:
+                return None, grad_weight
+        grad_x, other, _ = torch.ops.aten.convolution_backward(
             grad,
             self._padded(x),
             weight,
@@ -49,11 +58,28 @@ class Convolution:
             False,
             [0] * len(self.stride),
             self.groups,
-            (need_x, need_weight, False),
+            (need_x, need_weight and not by_product, False),
         )
         if need_x and self.border is not None:
             grad_x = F.pad(grad_x, [-side for side in self.border])
-        return grad_x, grad_weight
+        return grad_x, grad_weight if by_product else other
+
+    def _few_outputs(self, grad: Tensor) -> bool:
+        """Whether oneDNN takes longer than :meth:`_weight_gradient`, in every instruction set and dtype measured."""
+        return grad.device.type == "cpu" and self.groups == 1 and 0 < math.prod(grad.shape[2:]) <= _FEW_OUTPUTS
+
+    def _weight_gradient(self, grad: Tensor, x: Tensor, kernel: tuple[int, ...]) -> Tensor:
+        """With respect to the weight, as a product of the gradient and what the window sees at each place."""
+        sides = [side for padding in reversed(self.padding) for side in (padding, padding)]
+        last = F.pad(self._padded(x), sides).movedim(1, -1).contiguous()
+        images, *places, channel = last.stride()
+        steps = [place * stride for place, stride in zip(places, self.stride, strict=True)]
+        inside = [place * dilation for place, dilation in zip(places, self.dilation, strict=True)]
+        size = (x.shape[0], *grad.shape[2:], *kernel, x.shape[1])
+        seen = last.as_strided(size, (images, *steps, *inside, channel))
+        rows = grad.movedim(1, -1).reshape(-1, grad.shape[1])
+        product = rows.t() @ seen.reshape(rows.shape[0], math.prod(kernel) * x.shape[1])
+        return product.view(grad.shape[1], *kernel, x.shape[1]).movedim(-1, 1)
 
     def per_channel(self, values: Tensor) -> Tensor:
         """A vector over output channels, shaped to multiply an output."""
