@@ -65,7 +65,7 @@ class Convolution:
         return grad_x, grad_weight if by_product else other
 
     def _few_outputs(self, grad: Tensor) -> bool:
-        """Whether oneDNN takes longer than :meth:`_weight_gradient`, in every instruction set and dtype measured."""
+        """Whether oneDNN takes longer than :meth:`_weight_gradient`: see benchmarks/weight_gradient.py."""
         return grad.device.type == "cpu" and self.groups == 1 and 0 < math.prod(grad.shape[2:]) <= _FEW_OUTPUTS
 
     def _weight_gradient(self, grad: Tensor, x: Tensor, kernel: tuple[int, ...]) -> Tensor:
