@@ -45,9 +45,11 @@ def gradients(inputs: int, outputs: int, size: int, stride: int, dtype: torch.dt
         return gradient
 
     both = {"oneDNN": with_few(0), "product": with_few(size * size)}
-    found, wanted = (function().float() for function in both.values())
-    if (found - wanted).norm() > 0.01 * wanted.norm():
-        raise SystemExit(f"the gradients of {inputs} to {outputs} channels at {size} pixels differ")
+    wanted = op.backward(grad.double(), x.double(), weight.double(), False, True)[1]
+    assert wanted is not None
+    # Of the product alone: with AVX2 oneDNN itself is 1.3 % off in bfloat16.
+    if (both["product"]() - wanted).norm() > 0.005 * wanted.norm():
+        raise SystemExit(f"the gradient of {inputs} to {outputs} channels at {size} pixels is wrong")
     return both
 
 
