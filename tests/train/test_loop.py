@@ -4,6 +4,9 @@ import fcntl
 import json
 import math
 import os
+import platform
+import subprocess
+import sys
 import time
 import tomllib
 from collections.abc import Callable
@@ -21,7 +24,7 @@ import abste
 from abste.data import Splits
 from abste.deploy.runs import export_run
 from abste.errors import AbsteError, CheckpointError, ConfigError, DataError, NonFiniteLossError, RunError
-from abste.train import Recipe, evaluate, fit, load_recipe, load_run
+from abste.train import Recipe, evaluate, fit, load_recipe, load_run, loop
 from abste.train.checkpoint import load_checkpoint
 from abste.train.recipe import ScheduleSection, make_recipe
 from abste.train.run import build_model, evaluation_batches, load_data
@@ -93,6 +96,36 @@ def test_a_run(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert result["loss"] == pytest.approx(summary["test"]["loss"], rel=1e-6)
     assert evaluate(out, recalibrate=True)["accuracy"] > 0.2
     assert fit(recipe, None, out, resume=True) == summary  # nothing left to do
+
+
+@pytest.mark.parametrize(
+    ("precision", "slowdown", "told"), [("bf16-mixed", 6.64, True), ("bf16-mixed", 0.5, False), ("32-true", 9.0, False)]
+)
+def test_a_cpu_without_instructions_for_bfloat16_is_told(
+    tiny: Tiny,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    slowdown: float,
+    told: bool,
+) -> None:
+    monkeypatch.setattr(loop, "bfloat16_slowdown", lambda: slowdown)
+    recipe = tiny(f"train.precision={precision}")
+    fit(recipe, None, tmp_path / "run", max_steps=1)
+    line = "this CPU takes 6.6 times as long in bfloat16 as in float32: start anew with --precision 32-true"
+    assert (line in capsys.readouterr().out.splitlines()) == told
+    fit(recipe, None, tmp_path / "run", resume=True, max_steps=1)  # when it is too late
+    assert "bfloat16" not in capsys.readouterr().out
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="limits the instructions of x86")
+def test_slowdown_of_bfloat16_without_instructions() -> None:
+    code = "from abste.train.setup import bfloat16_slowdown; print(min(bfloat16_slowdown() for _ in range(5)))"
+    limited = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=limited, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) > 2
 
 
 BOP = [

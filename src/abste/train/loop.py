@@ -53,7 +53,7 @@ from abste.train.run import (
     training_batches,
     weights_file,
 )
-from abste.train.setup import averaged_model, compile_module, count_macs, lr_factor, make_optimizer
+from abste.train.setup import averaged_model, bfloat16_slowdown, compile_module, count_macs, lr_factor, make_optimizer
 from abste.train.sizes import check_sizes, image_size, resized
 
 _NEVER = 2**62  # a step that no run reaches
@@ -347,6 +347,13 @@ class _Loop:
         )
         if self.started is not None and self.saved_step is None:
             self.progress.line(self.started["report"])
+        if not self.step and self.device.type == "cpu" and recipe.train.precision == "bf16-mixed":
+            slowdown = bfloat16_slowdown()
+            if slowdown > 2:
+                self.progress.line(
+                    f"this CPU takes {slowdown:.1f} times as long in bfloat16 as in float32: "
+                    "start anew with --precision 32-true"
+                )
         self.deadline = deadline
         self.last_step = _NEVER if max_steps is None else self.step + max_steps
         self.clock = self.saved = self.shown = time.monotonic()
