@@ -41,28 +41,27 @@ class Convolution:
         self, grad: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """The gradients with respect to x and weight, where needed."""
+        grad_x = grad_weight = None
         by_product = need_weight and self._few_outputs(grad)
-        grad_weight = None
+        if need_x or not by_product:
+            grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+                grad,
+                self._padded(x),
+                weight,
+                None,
+                self.stride,
+                self.padding,
+                self.dilation,
+                False,
+                [0] * len(self.stride),
+                self.groups,
+                (need_x, need_weight and not by_product, False),
+            )
         if by_product:
             grad_weight = self._weight_gradient(grad, x, weight.shape[2:])
-            if not need_x:
-                return None, grad_weight
-        grad_x, other, _ = torch.ops.aten.convolution_backward(
-            grad,
-            self._padded(x),
-            weight,
-            None,
-            self.stride,
-            self.padding,
-            self.dilation,
-            False,
-            [0] * len(self.stride),
-            self.groups,
-            (need_x, need_weight and not by_product, False),
-        )
-        if need_x and self.border is not None:
+        if grad_x is not None and self.border is not None:
             grad_x = F.pad(grad_x, [-side for side in self.border])
-        return grad_x, grad_weight if by_product else other
+        return grad_x, grad_weight
 
     def _few_outputs(self, grad: Tensor) -> bool:
         """Whether oneDNN takes longer than :meth:`_weight_gradient`: see benchmarks/weight_gradient.py."""
