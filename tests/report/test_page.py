@@ -155,9 +155,32 @@ def test_what_is_no_run(runs: Path, tmp_path: Path) -> None:
             write_page([runs, path], tmp_path / "page.html")
     with pytest.raises(ConfigError, match=r"its name must end in \.html"):
         write_page([runs], tmp_path / "page.txt")
+    assert not list(tmp_path.glob("page.*"))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("summary.json", "{", r"summary\.json is damaged: Expecting"),
+        ("summary.json", "[]", r"summary\.json is damaged: \[\] is of the wrong type"),
+        ("metrics.jsonl", "[1]\n", r"line 1 of .*metrics\.jsonl is damaged: \[1\] is of the wrong type"),
+        ("metrics.jsonl", '\n{"kind": "test"}\n', r"line 2 of .*metrics\.jsonl is damaged: .* is of the wrong type"),
+        ("metrics.jsonl", '{"kind": "train", "epoch": "1"}\n', r'metrics\.jsonl is damaged: train: epoch: "1" is of'),
+        ("metrics.jsonl", '{"kind": "train", "epoch": 1}\n', r"metrics\.jsonl is damaged: train: accuracy: it is miss"),
+        ("metrics.jsonl", "{}{}\n{}\n", r"line 1 of .*metrics\.jsonl is damaged: Extra data"),
+        (
+            "diagnostics.jsonl",
+            '{"step": 1, "total": {}}\n',
+            r"line 1 of .*diagnostics\.jsonl is damaged: layers: it is",
+        ),
+        ("diagnostics.jsonl", '{"step": 1, "total": 1, "layers": {}}\n', r"diagnostics\.jsonl is damaged: total: 1 is"),
+    ],
+)
+def test_a_damaged_run(file: str, content: str, message: str, runs: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(runs / "ste" / "seed-0", broken)
-    (broken / "summary.json").write_text("{")
-    with pytest.raises(RunError, match="cannot be read"):
+    (broken / file).write_text(content)
+    with pytest.raises(RunError, match=message) as raised:
         write_page([broken], tmp_path / "page.html")
+    assert "\n" not in str(raised.value)
     assert not list(tmp_path.glob("page.*"))

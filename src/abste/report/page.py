@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from abste.errors import ConfigError, RunError
 from abste.train.files import write_atomic
 from abste.train.published import bits_of, estimator_text
-from abste.train.recipe import Recipe, load_recipe
+from abste.train.recipe import Recipe
+from abste.train.run import RunDirectory
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -145,32 +146,12 @@ def _is_run(path: Path) -> bool:
 
 
 def _read(path: Path) -> Run:
-    summary, conversion = path / "summary.json", path / "conversion.txt"
+    run = RunDirectory(path)
     try:
-        return Run(
-            path,
-            load_recipe(path / "recipe.toml"),
-            _lines(path / "metrics.jsonl"),
-            _lines(path / "diagnostics.jsonl"),
-            json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None,
-            conversion.read_text(encoding="utf-8") if conversion.exists() else "",
-        )
-    except ConfigError:
-        raise
+        conversion = run.conversion.read_text(encoding="utf-8") if run.conversion.exists() else ""
     except (OSError, ValueError) as error:
-        raise RunError(f"the run in {path} cannot be read: {error}") from error
-
-
-def _lines(path: Path) -> list[Record]:
-    """Of JSON; the last may be half written, by a run that goes on."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    records = [json.loads(line) for line in lines[:-1] if line]
-    try:
-        return records + ([json.loads(lines[-1])] if lines[-1] else [])
-    except ValueError:
-        return records
+        raise RunError(f"{run.conversion} cannot be read: {error}.") from error
+    return Run(path, run.read_recipe(), run.read_metrics(), run.read_diagnostics(), run.read_summary(), conversion)
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:

@@ -13,11 +13,11 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
@@ -73,6 +73,7 @@ class _Results(_Table):
 class _Cost(_Table):
     seconds: float
     samples_per_second: float
+    parameters: int
 
 
 class _Unreadable(_Table):
@@ -87,6 +88,8 @@ class _Commit(_Table):
 class _Summary(_Results):
     finished: bool
     cost: _Cost
+    environment: dict[str, Any]
+    resumes: int
     averaged: _Results = _Results()
     unreadable: _Unreadable | None = None
     git: _Commit | None = None
@@ -98,6 +101,38 @@ class _Data(_Table):
     mean: list[float]
     std: list[float]
     resize: int | None = None
+
+
+class _Evaluated(_Table):
+    kind: Literal["evaluation"]
+    epoch: float
+    split: str
+    accuracy: float
+    loss: float
+
+
+class _Trained(_Table):
+    kind: Literal["train"]
+    epoch: float
+    accuracy: float
+    loss: float
+    lr: float
+    samples_per_second: float
+
+
+class _Metrics(RootModel[Annotated[_Evaluated | _Trained, Field(discriminator="kind")]]):
+    pass
+
+
+class _Sides(_Table):
+    weights: dict[str, Any] | None = None
+    activations: dict[str, Any] | None = None
+
+
+class _Diagnostics(_Table):
+    step: int
+    layers: dict[str, _Sides]
+    total: _Sides
 
 
 class RunDirectory:
@@ -206,6 +241,22 @@ class RunDirectory:
         """
         return _read_json(self.data, _Data)
 
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``, without one that a run that goes on is writing.
+
+        Raises:
+            RunError: it is damaged.
+        """
+        return _read_lines(self.metrics, _Metrics)
+
+    def read_diagnostics(self) -> list[dict[str, Any]]:
+        """The lines of ``diagnostics.jsonl``, likewise; none where nothing was diagnosed.
+
+        Raises:
+            RunError: it is damaged.
+        """
+        return _read_lines(self.diagnostics, _Diagnostics)
+
     def check_data(self, record: Mapping[str, Any]) -> None:
         """Refuse to go on with other files than those that the run began with.
 
@@ -221,20 +272,41 @@ class RunDirectory:
                 )
 
 
-def _read_json(path: Path, content: type[_Table]) -> dict[str, Any] | None:
+def _read_json(path: Path, content: type[BaseModel]) -> dict[str, Any] | None:
     try:
-        table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        content.model_validate(table)
+        return _parse(path.read_text(encoding="utf-8"), content, str(path))
     except FileNotFoundError:
         return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"{path} is damaged: {error}.") from error
+
+
+def _read_lines(path: Path, content: type[BaseModel]) -> list[dict[str, Any]]:
+    try:
+        *lines, last = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"{path} is damaged: {error}.") from error
+    records = [_parse(line, content, f"line {n} of {path}") for n, line in enumerate(lines, 1) if line]
+    with contextlib.suppress(RunError):  # a line ends with "\n" when it is complete
+        if last:
+            records.append(_parse(last, content, str(path)))
+    return records
+
+
+def _parse(text: str, content: type[BaseModel], where: str) -> dict[str, Any]:
+    try:
+        table: dict[str, Any] = json.loads(text)
+        content.model_validate(table)
     except ValidationError as error:  # whole JSON, but of something else
         wrong = error.errors(include_url=False)[0]
         place = "".join(f"{key}: " for key in wrong["loc"])
         value = json.dumps(wrong["input"])[:40]
         found = "it is missing" if wrong["type"] == "missing" else f"{value} is of the wrong type"
-        raise RunError(f"{path} is damaged: {place}{found}.") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{path} is damaged: {error}.") from error
+        raise RunError(f"{where} is damaged: {place}{found}.") from error
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{where} is damaged: {error}.") from error
     return table
 
 
