@@ -97,7 +97,7 @@ BAD = {
         "study 'study', w1a32, ste: recipe 'digits-resnet8-w1a32': unknown key 'train.epoch'; did you mean",
     ),
     "value of the recipe": ({"set": {"train.epochs": 0}}, "'train.epochs' must be greater than 0, not 0."),
-    "no seeds": ({"seeds": []}, "'seeds' must be a list of 1 values, not []."),
+    "no seeds": ({"seeds": []}, "'seeds' must be a list that is not empty, not []."),
     "seed twice": ({"seeds": [1, 1]}, "must not name anything twice."),
     "missing arms": ({"arms": {}}, "'arms'"),
     "setting of an arm": ({"arms": {"x": {"estimator": "reste", "settings": ["w1a2"]}}}, "unknown setting 'w1a2'; did"),
@@ -128,6 +128,13 @@ def test_files(tmp_path: Path) -> None:
     broken = tmp_path / "broken.toml"
     broken.write_text("seeds = [")
     with pytest.raises(ConfigError, match="study 'broken' is not valid TOML"):
+        load_study(broken)
+    broken.write_text(
+        'recipe = "digits-resnet8-w1a32"\nseds = [0]\nsettings.w1a32 = {}\narms.reste.estimator = "reste"\n'
+    )
+    with pytest.raises(
+        ConfigError, match=r"study 'broken': unknown key 'seds'; did you mean 'seeds'.*\(and 1 more problem"
+    ):
         load_study(broken)
     (tmp_path / "base.toml").write_text('extends = "digits-resnet8-w1a32"\ntrain.epochs = 2\n')
     mine = tmp_path / "mine.toml"

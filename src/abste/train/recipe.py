@@ -562,7 +562,8 @@ def _problem(error: Mapping[str, Any], known: list[str]) -> str:
     elif kind == "literal_error":
         wanted = str(ctx["expected"])
     elif kind in ("too_short", "too_long"):
-        wanted = f"a list of {ctx.get('min_length', ctx.get('max_length'))} values"
+        length = ctx.get("min_length", ctx.get("max_length"))
+        wanted = f"a list of {length} values" if length > 1 else "a list that is not empty"
     else:
         wanted = _WANTED.get(kind, error["msg"])
     return f"'{key}' must be {wanted}, not {_shown(given)}."
@@ -575,12 +576,13 @@ def checked(kind: type[S], tables: Mapping[str, Any], source: str) -> S:
     """A section of type ``kind`` from plain tables; ``source`` names it in errors.
 
     Raises:
-        ConfigError: an unknown key, a value of the wrong type or out of range: the first problem, and how many more.
+        ConfigError: an unknown key, a value of the wrong type or out of range: one problem, and how many more.
     """
     try:
         return kind.model_validate(dict(tables))
     except ValidationError as error:
-        problems = error.errors(include_url=False)
+        # A key that is misspelt is unknown and, where it is a required one, missing too: the former helps.
+        problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] == "missing")
         text = _problem(problems[0], known_keys(kind))
         more = len(problems) - 1
         if more:
