@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+from pathlib import Path
+from typing import get_args
+
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
+import abste
 from abste import models
 from abste.errors import ConfigError
-from abste.models.resnet import PadShortcut
+from abste.models.resnet import Order, PadShortcut
 
 NAMES = [name for name in models.available() if name.startswith(("resnet8", "resnet20"))]  # ResNet-18 has its own file
 
@@ -129,6 +134,61 @@ def test_bireal_has_a_shortcut_around_every_convolution() -> None:
     torch.testing.assert_close(bireal.layer1(x), x + 1)
 
 
+def test_orders_of_a_block() -> None:
+    """Stem and first convolution of each order, step by step, with norms and nonlinearities that do something."""
+    x = torch.randn(4, 3, 9, 9)
+    for order in get_args(Order):
+        model = models.resnet8_bireal(order=order)
+        for name, parameter in model.named_parameters():
+            if ".act" in name or "bn" in name or ".shift" in name:
+                nn.init.normal_(parameter, 0.5, 0.3)
+        model.eval()
+        block, stem = model.layer2[0], model.conv1(x)
+        if order == "reste":
+            assert torch.equal(model.stem(x), model.bn1(F.relu(stem)))
+            first = block.bn1(F.relu(block.conv1(y := model.layer1(model.stem(x))))) + block.shortcut(y)
+            expected = block.bn2(F.relu(block.conv2(first))) + first
+        else:
+            last = F.hardtanh if order == "irnet" else nn.Identity()
+            assert torch.equal(model.stem(x), last(model.bn1(stem)))
+            react = order == "react"
+            shift1, act1, shift2, act2 = (
+                (block.shift1, block.act1, block.shift2, block.act2) if react else (nn.Identity(), last) * 2
+            )
+            first = act1(block.bn1(block.conv1(shift1(y := model.layer1(model.stem(x))))) + block.shortcut(y))
+            expected = act2(block.bn2(block.conv2(shift2(first))) + first)
+        torch.testing.assert_close(block(y), expected)
+
+
+@pytest.mark.parametrize(("name", "more"), [("resnet8_bireal", 848), ("resnet20_bireal", 2640)])
+def test_parameters_of_an_order(name: str, more: int) -> None:
+    """A shift of each convolution's input, and three numbers for each channel of its output."""
+    assert f"{more:,} parameters more" in getattr(models, name).__doc__
+    for order in get_args(Order):
+        assert _count(models.create(name, order=order)) - _count(models.create(name)) == (order == "react") * more
+
+
+@pytest.mark.parametrize("order", get_args(Order))
+def test_every_order_is_exported(order: Order, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = models.resnet8_bireal(width=8, num_classes=5, order=order)
+    example = torch.randn(8, 3, 16, 16)
+    report = abste.convert(model, weights="ab_tanh", activations="ab_tanh", example_input=example)
+    assert len(report.binarized) == 6
+    model(example)  # statistics
+    exported = abste.deploy.export(model, tmp_path / "net.abste", example[:1], kept_float=report.kept_float)
+    assert [layer.packed for layer in exported.report.layers].count("xnor") == 6
+    model.eval()
+    logits = torch.from_numpy(abste.load(tmp_path / "net.abste")(example.numpy()))
+    torch.testing.assert_close(logits, model(example), rtol=1e-3, atol=1e-3)
+
+
+def test_unknown_order_is_one_sentence() -> None:
+    for name in ("resnet8_bireal", "resnet20_bireal", "resnet18_bireal"):
+        with pytest.raises(ConfigError, match=r"^unknown order 'ir-net' of a ResNet: did you mean 'irnet'\?$"):
+            models.create(name, order="ir-net")
+
+
 def test_shortcut_subsamples_and_pads_both_sides() -> None:
     x = torch.arange(2 * 4 * 5 * 5, dtype=torch.float32).reshape(2, 4, 5, 5)
     out = PadShortcut(4, 7, stride=2)(x)
@@ -184,9 +244,11 @@ def test_bfloat16_autocast() -> None:
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("name", ["resnet8", "resnet8_bireal"])
-def test_compiles_to_one_graph(name: str) -> None:
-    model = models.create(name).eval()
+@pytest.mark.parametrize(
+    ("name", "arguments"), [("resnet8", {}), *(("resnet8_bireal", {"order": order}) for order in get_args(Order))]
+)
+def test_compiles_to_one_graph(name: str, arguments: dict[str, object]) -> None:
+    model = models.create(name, **arguments).eval()
     x = torch.randn(2, 3, 16, 16)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), model(x))

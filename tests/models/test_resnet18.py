@@ -52,6 +52,13 @@ def test_parameters_and_macs(name: str, parameters: int, size: int, convolutions
     assert f"{convolutions + linear:,} multiply-accumulates" in stated and f"{convolutions:,}" in stated
 
 
+def test_parameters_of_react() -> None:
+    with torch.device("meta"):
+        plain, react = (models.resnet18_bireal(order=order) for order in ("reste", "react"))
+    count = [sum(parameter.numel() for parameter in model.parameters()) for model in (plain, react)]
+    assert count[1] - count[0] == 14_912 and "14,912 parameters" in (models.resnet18_bireal.__doc__ or "")
+
+
 def test_half_the_width() -> None:
     model = models.resnet18(width=32)
     channels = [model.get_submodule(f"layer{i}.1.conv2").weight.shape[0] for i in (1, 2, 3, 4)]

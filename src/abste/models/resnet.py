@@ -5,6 +5,7 @@ the sum: what the next convolution reads is signed, so the sign of an activation
 of ReSTE's CIFAR networks (Wu et al., arXiv 2308.06689); the depth, widths and parameter-free shortcuts (option A) are
 those of He et al. (arXiv 1512.03385, section 4.2); a shortcut around every convolution is Bi-Real net's (Liu et al.,
 arXiv 1808.00278). The float network is built in the same order as the binary one, so only binarisation differs.
+Other papers put other things around a binary convolution with a shortcut of its own: `Order` names theirs.
 
 ResNet-18 and ResNet-34 have real-valued 1x1 projections instead (option B), as their binary versions do.
 """
@@ -22,6 +23,7 @@ from abste.models._arguments import check_count, check_images
 from abste.nn import ChannelShift, RPReLU
 
 Init = Literal["kaiming", "default"]
+Order = Literal["reste", "bireal", "irnet", "react"]
 
 
 class PadShortcut(nn.Module):
@@ -97,6 +99,11 @@ class BasicBlock(nn.Module):
         out = self.bn2(F.relu(self.conv2(out)))
         return out + self.shortcut(x)
 
+    @staticmethod
+    def behind_stem(x: Tensor, norm: nn.Module) -> Tensor:
+        """What stands between the first convolution, which gives `x`, and the first block."""
+        return norm(F.relu(x))
+
 
 class BiRealBlock(BasicBlock):
     """The same modules as `BasicBlock` with a shortcut around each convolution."""
@@ -115,8 +122,30 @@ class BiRealNetBlock(BasicBlock):
         x = self.bn1(self.conv1(x)) + self.shortcut(x)
         return self.bn2(self.conv2(x)) + x
 
+    @staticmethod
+    def behind_stem(x: Tensor, norm: nn.Module) -> Tensor:
+        """Batch norm alone."""
+        return norm(x)
 
-class ReActBlock(BasicBlock):
+
+class IRNetBlock(BasicBlock):
+    """The block of IR-Net with binary activations: as `BiRealNetBlock`, with Hardtanh behind each sum.
+
+    Source: htqin/IR-Net, CIFAR-10/ResNet20/1w1a (arXiv 1909.10788).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Each convolution with its own identity."""
+        x = F.hardtanh(self.bn1(self.conv1(x)) + self.shortcut(x))
+        return F.hardtanh(self.bn2(self.conv2(x)) + x)
+
+    @staticmethod
+    def behind_stem(x: Tensor, norm: nn.Module) -> Tensor:
+        """Batch norm, then Hardtanh."""
+        return F.hardtanh(norm(x))
+
+
+class ReActBlock(BiRealNetBlock):
     """The block of ReAct-ResNet: a learned shift before each convolution and RPReLU behind each sum, no other ReLU.
 
     The shift moves the threshold of the sign that a converted convolution takes of its input: together they are RSign.
@@ -136,6 +165,20 @@ class ReActBlock(BasicBlock):
         return self.act2(self.bn2(self.conv2(self.shift2(x))) + x)
 
 
+_ORDERS: dict[Order, type[BasicBlock]] = {
+    "reste": BiRealBlock,
+    "bireal": BiRealNetBlock,
+    "irnet": IRNetBlock,
+    "react": ReActBlock,
+}
+
+
+def _ordered(order: Order) -> type[BasicBlock]:
+    if order not in _ORDERS:
+        raise ConfigError(f"unknown order {order!r} of a ResNet: {nearest(order, _ORDERS)}")
+    return _ORDERS[order]
+
+
 class CifarResNet(nn.Module):
     """A ResNet for small images: a stem, stages of blocks, pooling, batch norm, a linear classifier.
 
@@ -145,7 +188,7 @@ class CifarResNet(nn.Module):
     Shapes: float (N, in_channels, H, W), any H and W from 1 up, 32x32 for CIFAR -> logits (N, num_classes).
 
     Args:
-        block: `BasicBlock`, `BiRealBlock`, `BiRealNetBlock` or `ReActBlock`.
+        block: `BasicBlock`, `BiRealBlock`, `BiRealNetBlock`, `IRNetBlock` or `ReActBlock`.
         blocks_per_stage: n, or one number for each stage; the network has twice as many layers with weights as blocks
             and 2 more, shortcuts aside.
         num_classes: number of logits.
@@ -187,6 +230,7 @@ class CifarResNet(nn.Module):
             raise ConfigError(f"blocks_per_stage of a ResNet must give one number for each of {stages} stages.")
         self.in_channels = in_channels
         self.stages = stages
+        self.behind_stem = block.behind_stem
         self.conv1 = self.stem_convolution(in_channels, width)
         self.bn1 = nn.BatchNorm2d(width)
         channels = width
@@ -216,7 +260,7 @@ class CifarResNet(nn.Module):
 
     def stem(self, x: Tensor) -> Tensor:
         """What stands before the first stage."""
-        return self.bn1(F.relu(self.conv1(x)))
+        return self.behind_stem(self.conv1(x), self.bn1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images to logits."""
@@ -274,9 +318,6 @@ class BiRealNet(ImageNetResNet):
     def last_norm(self, channels: int) -> nn.Module:
         return nn.Identity()
 
-    def stem(self, x: Tensor) -> Tensor:
-        return self.stem_pool(self.bn1(self.conv1(x)))
-
 
 def resnet20(num_classes: int = 10, in_channels: int = 3, width: int = 16, init: Init = "kaiming") -> CifarResNet:
     """ResNet-20 (three blocks per stage) with a shortcut around every two convolutions.
@@ -289,14 +330,18 @@ def resnet20(num_classes: int = 10, in_channels: int = 3, width: int = 16, init:
 
 
 def resnet20_bireal(
-    num_classes: int = 10, in_channels: int = 3, width: int = 16, init: Init = "kaiming"
+    num_classes: int = 10, in_channels: int = 3, width: int = 16, init: Init = "kaiming", order: Order = "reste"
 ) -> CifarResNet:
     """ResNet-20 with a shortcut around every convolution, which binary activations need.
 
     The parameters and multiply-accumulates are those of `resnet20`. Source: ReSTE's `resnet20_bireal`
     (arXiv 2308.06689), after Bi-Real net (arXiv 1808.00278).
+
+    `order` is what stands around the convolutions of a block: ``"reste"`` convolution, ReLU, batch norm, sum;
+    ``"bireal"`` convolution, batch norm, sum (Bi-Real net); ``"irnet"`` the same, and Hardtanh behind the sum (IR-Net's
+    W1A1); ``"react"`` a learned shift, convolution, batch norm, sum, RPReLU (ReActNet), with 2,640 parameters more.
     """
-    return CifarResNet(BiRealBlock, 3, num_classes, in_channels, width, init=init)
+    return CifarResNet(_ordered(order), 3, num_classes, in_channels, width, init=init)
 
 
 def resnet8(num_classes: int = 10, in_channels: int = 3, width: int = 16, init: Init = "kaiming") -> CifarResNet:
@@ -308,9 +353,14 @@ def resnet8(num_classes: int = 10, in_channels: int = 3, width: int = 16, init: 
     return CifarResNet(BasicBlock, 1, num_classes, in_channels, width, init=init)
 
 
-def resnet8_bireal(num_classes: int = 10, in_channels: int = 3, width: int = 16, init: Init = "kaiming") -> CifarResNet:
-    """ResNet-8 with a shortcut around every convolution; parameters and multiply-accumulates as `resnet8`."""
-    return CifarResNet(BiRealBlock, 1, num_classes, in_channels, width, init=init)
+def resnet8_bireal(
+    num_classes: int = 10, in_channels: int = 3, width: int = 16, init: Init = "kaiming", order: Order = "reste"
+) -> CifarResNet:
+    """ResNet-8 with a shortcut around every convolution; parameters and multiply-accumulates as `resnet8`.
+
+    `order` as in `resnet20_bireal`; ``"react"`` has 848 parameters more.
+    """
+    return CifarResNet(_ordered(order), 1, num_classes, in_channels, width, init=init)
 
 
 def resnet18(num_classes: int = 10, in_channels: int = 3, width: int = 64, init: Init = "kaiming") -> CifarResNet:
@@ -324,13 +374,14 @@ def resnet18(num_classes: int = 10, in_channels: int = 3, width: int = 64, init:
 
 
 def resnet18_bireal(
-    num_classes: int = 10, in_channels: int = 3, width: int = 64, init: Init = "kaiming"
+    num_classes: int = 10, in_channels: int = 3, width: int = 64, init: Init = "kaiming", order: Order = "reste"
 ) -> CifarResNet:
     """ResNet-18 for small images with a shortcut around every convolution, which binary activations need.
 
-    The parameters and multiply-accumulates are those of `resnet18`.
+    The parameters and multiply-accumulates are those of `resnet18`. `order` as in `resnet20_bireal`; ``"react"`` has
+    14,912 parameters more.
     """
-    return CifarResNet(BiRealBlock, 2, num_classes, in_channels, width, 4, projection, init)
+    return CifarResNet(_ordered(order), 2, num_classes, in_channels, width, 4, projection, init)
 
 
 def imagenet_resnet18(
