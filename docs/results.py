@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from _tables import fill, table
+from study import ab_tanh
 
 from abste import models, zoo
 from abste.nn import summary
@@ -190,6 +191,8 @@ def main(check: bool) -> int:
             return overview(found)
         if what == "zoo":
             return shipped()
+        if what == "study":
+            return ab_tanh()
         return photos(found) if what == "folder" else beside(what, which, found)
 
     current = [fill(page, make, check) for page in PAGES]

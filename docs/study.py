@@ -2,6 +2,8 @@
 
 python docs/study.py            # both
 python docs/study.py --check    # exit 1 where a table is not what the reports say
+
+README's table of what AB-Tanh brings is made here too, and filled in by docs/results.py with the rest of that page.
 """
 
 from __future__ import annotations
@@ -111,6 +113,57 @@ def pairs(report: Report) -> str:
         head = [f"{TITLES[setting['setting']]}, row minus column", *(f"`{name}`" for name in columns)]
         parts.append(table(head, ([f"`{a}`", *(cells.get((a, b), "") for b in columns)] for a in list(scores)[:-1])))
     return "\n".join(parts)
+
+
+AB_TANH = (  # network, what trains the latents, study, setting, arms: AB-Tanh, STE, the control without a shape
+    ("ResNet-8", "SGD", "cifar10-resnet8/c", "w1a32", "ab_tanh", "ste", None),
+    ("ResNet-8", "Muon", "cifar10-resnet8/c", "w1a32", "ab_tanh-muon", "ste-muon", "ab_tanh-muon-shape_removed"),
+    ("ResNet-8", "Muon", "cifar10-resnet8/e", "w1a32", "ab_tanh", "ste", "ab_tanh-shape_removed"),
+    ("ResNet-20", "Muon, taught", "cifar10-resnet20/w1a32", "w1a32", "ab_tanh", "ste", None),
+    ("ResNet-18, half width", "Muon", "cifar10-resnet18/w1a32", "w1a32", "ab_tanh", "ste", "ab_tanh-shape_removed"),
+    ("ResNet-8", "SGD", "cifar10-resnet8/c", "w1a1", "ab_tanh", "ste", None),
+    (
+        "ResNet-8",
+        "SGD, constant blend",
+        "cifar10-resnet8/c",
+        "w1a1",
+        "ab_tanh-constant",
+        "ste",
+        "ab_tanh-constant-shape_removed",
+    ),
+    ("ResNet-8", "SGD, constant blend", "cifar10-resnet8/c", "w1a1", "ab_tanh-constant", "ste-raw-input", None),
+)
+
+
+def ab_tanh() -> str:
+    """For README: AB-Tanh beside STE and the control that has no shape, wherever the test set was asked."""
+    body = []
+    for network, latents, study, which, *names in AB_TANH:
+        setting = next(each for each in load(study)["settings"] if each["setting"] == which)
+        own, *others = (next((arm for arm in setting["arms"] if arm["arm"] == name), None) for name in names)
+        cells = []
+        for other in others:
+            if other is None:
+                cells.append("")
+                continue
+            seeds = own["accuracies"].keys() & other["accuracies"].keys()
+            gap = paired([own["accuracies"][seed] - other["accuracies"][seed] for seed in seeds])
+            cells.append(f"{gap.mean:+.2f} ({gap.low:+.2f} to {gap.high:+.2f})")
+        raw = " on raw inputs" if names[1].endswith("raw-input") else ""
+        ours = [f"{own['mean']:.2f}", f"{others[0]['mean']:.2f}{raw}"]
+        body.append([network, TITLES[which], latents, str(own["epochs"]), str(len(seeds)), *ours, *cells])
+    head = [
+        "network",
+        "bits",
+        "training",
+        "epochs",
+        "seeds",
+        "AB-Tanh, %",
+        "STE, %",
+        "AB-Tanh - STE",
+        "AB-Tanh - control",
+    ]
+    return table(head, body, left=["bits", "training"])
 
 
 TABLES: dict[str, Callable[[Report], str]] = {
