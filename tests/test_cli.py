@@ -108,6 +108,28 @@ def test_errors_are_one_sentence(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "train X --out r --epochs 30",
+            "unrecognized arguments: --epochs 30; that is a key of recipes: --set train.epochs=30",
+        ),
+        ("train X --out r --batch-size=64", "--batch-size=64; that is a key of recipes: --set train.batch_size=64"),
+        ("quickstart --lr", "unrecognized arguments: --lr; that is a key of recipes: --set optimizer.lr=..."),
+        ("train X --out r --foo 1", "unrecognized arguments: --foo 1"),
+        ("eval r --epochs 30", "unrecognized arguments: --epochs 30"),
+        ("zoo a b", "unrecognized arguments: a b"),
+    ],
+)
+def test_unknown_arguments(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command's own usage, and the way to a key of recipes."""
+    with pytest.raises(SystemExit, match="2"):
+        main(line.split())
+    captured = capsys.readouterr().err
+    assert captured.startswith(f"usage: abste {line.split()[0]} [-h]") and captured.endswith(f"{message}\n")
+
+
 def test_train_stop_resume_eval_summary(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,7 +33,9 @@ _EXTRA = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and give its exit status: 0, 2 for an error of the user's, 130 and 143 after a signal."""
-    arguments = _parser().parse_args(argv)
+    arguments, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        arguments.parser.error(_unknown_arguments(unknown, hasattr(arguments, "overrides")))
     try:
         status: int = arguments.run(arguments)
         sys.stdout.flush()
@@ -58,6 +60,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _unknown_arguments(unknown: list[str], settable: bool) -> str:
+    """What is wrong, and for the name of a recipe's key how to set it."""
+    text = f"unrecognized arguments: {shlex.join(unknown)}"
+    option, _, value = unknown[0].partition("=")
+    if not (settable and option.startswith("--")):
+        return text
+    try:
+        from abste.train.recipe import Recipe, known_keys
+    except ModuleNotFoundError:  # there is no training without it either
+        return text
+    name = option[2:].replace("-", "_")
+    keys = [key for key in known_keys(Recipe) if key.rpartition(".")[2] == name]
+    value = value or (unknown[1] if len(unknown) > 1 and not unknown[1].startswith("-") else "...")
+    ways = " or ".join(f"--set {shlex.quote(f'{key}={value}')}" for key in keys)
+    return f"{text}; that is a key of recipes: {ways}" if ways else text
 
 
 def _version() -> str:
@@ -85,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
             epilog=f"examples:\n{examples}" if examples else None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, parser=sub)
         return sub
 
     sub = command(
