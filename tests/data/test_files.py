@@ -228,6 +228,7 @@ def test_labels_are_numbers_or_names(
     members = {}
     for i, label in enumerate(labels):
         members |= {f"deep/{i}.JPG": jpeg(i), f"deep/{i}.cls": label.encode(), f"deep/{i}.json": b"{}"}
+        members[f"deep/{i}.mask.png"] = b""  # what else belongs to the image
     pack(tmp_path / "0.tar", members)
     if names is not None:
         (tmp_path / "classes.txt").write_text(names)
@@ -244,6 +245,11 @@ GOOD = {"a.jpg": jpeg(0), "a.cls": b"0", "b.jpg": jpeg(1), "b.cls": b"1"}
     [
         ({"a.jpg": b"", "b.jpg": b"", "b.cls": b"1"}, None, "0.tar has the image 'a.jpg' without a label; add 'a.cls'"),
         ({**GOOD, "c.cls": b"1"}, None, "0.tar has the label 'c.cls' without an image; add 'c.jpg'"),
+        (
+            {**GOOD, "c.2024.jpg": b"", "c.2024.cls": b"1"},
+            None,
+            "0.tar has 'c.2024.jpg', but keys end at the first dot of a name: rename it, or pack",
+        ),
         ({**GOOD, "a.jpg#": b""}, None, "0.tar has two images of the key 'a'; keys must differ"),
         ({**GOOD, "a.png": b""}, None, "0.tar has two images of the key 'a'; keys must differ"),
         ({**GOOD, "a.cls#": b"1"}, None, "0.tar has two labels of the key 'a'; keys must differ"),

@@ -491,6 +491,49 @@ def test_scaled_gradients() -> None:
     assert records[0] == records[1]  # a power of two changes no digit
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_steps_that_a_scaler_leaves_out_are_not_counted(compiled: bool) -> None:
+    """The record of a step after some that overflowed is that of the step alone."""
+    start, (images, labels) = net(), batches(1)[0]
+    start[4] = nn.Identity()
+    start[1].momentum = start[3].momentum = 0.0  # passes whose step is left out leave no trace but in the record
+    for module in start.modules():
+        if isinstance(module, BinaryActivation):
+            module.normalize = False
+    records: list[Record] = []
+    passes = []
+    for size in (2.0**10, 2.0**127):
+        model: nn.Module = copy.deepcopy(start)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=size, backoff_factor=2.0**-40)
+        called: nn.Module = torch.compile(model, backend="eager") if compiled else model  # type: ignore[assignment]
+        found: list[Record] = []
+        count = 0
+        with Diagnostics(called, optimizer, every=1, log=found.append, scaler=scaler):
+            while not found:
+                count += 1
+                optimizer.zero_grad()
+                scaler.scale(nn.functional.cross_entropy(called(images), labels)).backward()
+                scaler.step(optimizer)
+                scaler.update()
+        records += found
+        passes.append(count)
+    assert passes[0] == 1 < passes[1]
+    assert records[0]["layers"]["2"]["activations"]["count"] == 16 * 8 * 64
+    assert records[0] == records[1]
+
+
+def test_infinite_gradients_have_no_variance() -> None:
+    model, (images, _) = net(), batches(1)[0]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with Diagnostics(model, optimizer, every=1) as diagnostics:
+        (model(images).sum() * math.inf).backward()
+        optimizer.step()
+    assert diagnostics.latest is not None
+    for entry in (*diagnostics.latest["layers"]["8"].values(), *diagnostics.latest["total"].values()):
+        assert entry is None or (entry["variance"] is None and entry["variance_ratio"] is None)
+
+
 def test_several_optimizers() -> None:
     model = net()
     first = torch.optim.SGD([model[2].weight], lr=0.1)

@@ -17,6 +17,23 @@ from abste.estimators import ABArcTan, ABTanh, Equilibrium, EstimatorSchedule, G
 from abste.estimators.blends import equilibrium, make_blend
 
 
+def test_an_equilibrium_goes_where_its_state_is_assigned() -> None:
+    spec = {"name": "ab_tanh", "blend": "equilibrium"}
+    source = abste.nn.BinaryLinear(6, 4, weights=spec)
+    x = torch.randn(3, 6)
+    source(x).sum().backward()
+    EstimatorSchedule(source, 4).step()
+    layer = abste.nn.BinaryLinear(6, 4, weights=spec, device="meta")
+    schedule = EstimatorSchedule(layer, 4)
+    layer.load_state_dict(source.state_dict(), assign=True)
+    for each in (source, layer):
+        each.zero_grad()
+        each(x).square().sum().backward()
+    assert layer.weight.grad is not None
+    torch.testing.assert_close(layer.weight.grad, source.weight.grad, rtol=0, atol=0)
+    schedule.step()
+
+
 def test_gate_is_phi_at_zero_and_the_line_in_the_tails() -> None:
     estimator = ABTanh(k=2.0, t=4.0, blend=Gate(a_max=0.8, width=0.5))
     x = torch.linspace(-4, 4, 401, dtype=torch.float64)

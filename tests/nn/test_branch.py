@@ -106,6 +106,32 @@ def test_low_precision(dtype: torch.dtype) -> None:
     assert half.grad is not None and half.grad.isfinite().all()
 
 
+def test_an_activation_behind_it_may_work_in_place() -> None:
+    x = torch.randn(2, 3, 6, 6)
+    branch = GradientBranch(BinaryConv2d(3, 4, 3, weights="ste", activations="ste"))
+    grads = []
+    for inplace in (False, True):
+        model = nn.Sequential(copy.deepcopy(branch), nn.ReLU(inplace))
+        model(x).square().sum().backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_reset_is_a_new_branch(adaptive: bool) -> None:
+    def build(device: str) -> GradientBranch:
+        layer = BinaryLinear(6, 5, weights="ste", activations="dsq", scale="learned", device=device)
+        return GradientBranch(AdaptiveSet(layer, scale=0.5, center=0.25) if adaptive else layer)
+
+    branch = build("meta").to_empty(device="cpu")
+    for tensor in (*branch.parameters(), *branch.buffers()):
+        tensor.data.fill_(7)
+    torch.manual_seed(1)
+    branch.reset_parameters()
+    torch.manual_seed(1)
+    torch.testing.assert_close(branch.state_dict(), build("cpu").state_dict(), rtol=0, atol=0)
+
+
 def test_outside_training_the_branch_is_not_run() -> None:
     layer, x = layers()["conv2d"]
     branch = GradientBranch(layer)

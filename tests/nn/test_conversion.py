@@ -150,6 +150,8 @@ def test_bits(weights: str | None, activations: str | None) -> None:
     assert (layer.weight_binarizer is None) == (weights is None)
     assert (layer.activation is None) == (activations is None)
     assert report.layers[1].reason == f"W{'1 ste' if weights else 32}, A{'1 ste' if activations else 32}"
+    binary = sum(each.weight.numel() for each in model.modules() if getattr(each, "weight_binarizer", None) is not None)
+    assert f" layers binarised, {binary:,} of " in str(report) and bool(binary) == bool(weights)
     trains(model, torch.randn(2, 3, 8, 8))
 
 

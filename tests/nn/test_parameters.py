@@ -178,6 +178,20 @@ def test_recalibration_is_float32() -> None:
     torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_recalibration_is_in_the_precision_of_the_model(dtype: torch.dtype) -> None:
+    """It measures what the model computes, whatever the precision of the batches."""
+    data = batches()
+    for given in (dtype, torch.float32):
+        model, twin = network(weights="ste").to(dtype), network(weights="ste")
+        twin.load_state_dict(model.state_dict())
+        recalibrate_batch_norm(model, [batch.to(given) for batch in data])
+        recalibrate_batch_norm(twin, data)
+        for key, value in twin.state_dict().items():
+            close = {torch.float64: 1e-5, torch.bfloat16: 5e-2}[dtype]
+            torch.testing.assert_close(model.state_dict()[key].to(value.dtype), value, rtol=close, atol=close)
+
+
 def test_recalibration_changes_nothing_else() -> None:
     model = network(weights="ste", activations="ste")
     before = {key: value.clone() for key, value in model.state_dict().items()}

@@ -477,6 +477,26 @@ def test_training_lowers_the_loss() -> None:
         assert losses[-1] < 0.7 * losses[0], option
 
 
+def test_reset_makes_new_pieces() -> None:
+    """As after `to_empty` of a model on the meta device, whose memory holds anything."""
+
+    def build() -> nn.Sequential:
+        layer = AdaptiveSet(BinaryLinear(4, 4, activations="dsq", bias=False), scale=0.5, center=0.25)
+        return nn.Sequential(ChannelShift(4), RSign(4), RPReLU(4, 0.1), Maxout(4, 2.0, 0.5), layer)
+
+    model = build()
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.fill_(7)
+    torch.manual_seed(1)
+    for module in model.modules():
+        if callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+    fresh = build().state_dict()
+    torch.manual_seed(1)
+    fresh["4.layer.weight"] = BinaryLinear(4, 4, activations="dsq", bias=False).weight.detach()
+    torch.testing.assert_close(model.state_dict(), fresh, rtol=0, atol=0)
+
+
 # ---- bad input
 
 
@@ -493,6 +513,8 @@ def test_training_lowers_the_loss() -> None:
         ),
         (lambda: Maxout(4)(torch.zeros(4)), r"Maxout needs an input with 4 channels in dimension 1, got shape \(4,\)"),
         (lambda: RSign(4, None), "needs an estimator"),
+        (lambda: RSign(4, momentum=1.5), r"BinaryActivation: momentum must lie in \[0, 1\], got 1.5"),
+        (lambda: BinaryActivation(momentum=None), "BinaryActivation: momentum must be a number, got None"),  # type: ignore[arg-type]
         (lambda: RSign(4, "aprox_sign"), "did you mean 'approx_sign'"),
         (lambda: RPReLU(4, "0.1"), "RPReLU: slope must be a number"),  # type: ignore[arg-type]
         (lambda: AdaptiveSet(nn.Linear(3, 2)), "wraps a BinaryConv1d, BinaryConv2d or BinaryLinear, got Linear"),  # type: ignore[arg-type]

@@ -118,6 +118,7 @@ def _scan(where: Path, shards: list[str]) -> _Index:
         path = where / name
         images: dict[str, tuple[int, int, str]] = {}
         labels: dict[str, str] = {}
+        dotted: dict[str, str] = {}
         try:
             with tarfile.open(path, "r:") as shard:
                 if not _ends(path):  # tarfile would take what is cut off between two images for whole
@@ -136,11 +137,19 @@ def _scan(where: Path, shards: list[str]) -> _Index:
                         if key in labels:
                             raise DataError(f"Shard {path} has two labels of the key '{key}'; keys must differ.")
                         labels[key] = _label(shard, member)
+                    elif extension.endswith(EXTENSIONS):  # a mask, perhaps, beside the image of this key
+                        dotted[key] = member.name
         except (tarfile.TarError, EOFError) as error:
             raise DataError(
                 f"Shard {path} is damaged, compressed or no tar file ({str(error) or 'it ends early'}); "
                 "copy or pack it anew."
             ) from error
+        for key in dotted:
+            if key not in images:
+                raise DataError(
+                    f"Shard {path} has '{dotted[key]}', but keys end at the first dot of a name: "
+                    "rename it, or pack the images with write_shards."
+                )
         for key in images:
             if key not in labels:
                 raise DataError(f"Shard {path} has the image '{images[key][2]}' without a label; add '{key}.cls'.")

@@ -99,8 +99,9 @@ def ratio(above: float | None, below: float | None) -> float | None:
 
 
 def variance(total: float, squares: float, n: float) -> float | None:
-    """The unbiased variance, from the sum of n numbers and of their squares; None of fewer than two."""
-    return None if n < 2 else max(0.0, squares - total * total / n) / (n - 1)
+    """The unbiased variance of n numbers, from their sum and squares; None of fewer than two, or if one is infinite."""
+    spread = squares - total * total / n if n else math.nan
+    return None if n < 2 or not math.isfinite(spread) else max(0.0, spread) / (n - 1)
 
 
 def quantities(values: Mapping[str, Any], count: float, unit: float) -> dict[str, Any]:

@@ -110,7 +110,8 @@ class Diagnostics:
         path: a file that every record is appended to as a line of JSON.
         writer: a TensorBoard ``SummaryWriter``, which gets every record.
         log: a function that gets every record. The last is also in ``latest``.
-        scaler: the ``GradScaler`` of float16 training, or gradients are reported in its units.
+        scaler: the ``GradScaler`` of float16 training, or gradients are reported in its units. The passes of a step
+            that it leaves out are not counted.
         step: optimizer steps done before.
 
     Raises:
@@ -148,12 +149,13 @@ class Diagnostics:
 
         parts = compiled_parts(model)
         inside = {module for part in parts for module in part.modules()}
-        self._replays = [Replay(part) for part in parts]
+        self._replays = [Replay(part, self._scale) for part in parts]
         self._direct = Watch(self._observers(place for place in self.places if place.layer not in inside))
         self._repeated = Watch(self._observers(place for place in self.places if place.layer in inside))
         self._armed = self._blind = False
         self._seen: dict[tuple[str, str], Sums] = {}
         self._counts: dict[str, int] = {}
+        self._seen_scale = self._scale()
         self._gathered: _Gathered | None = None
         self._signs = {place.name: _positive(binary) for place, (_, binary) in self._latents().items()}
         self._signs_step = self.step
@@ -175,14 +177,26 @@ class Diagnostics:
                 observers.append((estimator, self._activations_observer(place.name, estimator)))
         return observers
 
+    def _scale(self) -> float:
+        """What the loss is multiplied by; this waits for the device."""
+        return 1.0 if self.scaler is None else float(self.scaler.get_scale())
+
+    def _forget_skipped(self) -> None:
+        """Forget the passes of a step that GradScaler left out: it makes its scale smaller then, and no other sign."""
+        scale = self._scale()
+        if scale != self._seen_scale:
+            self._seen, self._counts, self._seen_scale = {}, {}, scale
+
     def _weights_observer(self, name: str, binarizer: Binarizer) -> Observer:
         def observe(grad: Tensor, x: Tensor, result: Tensor) -> None:
+            self._forget_skipped()
             add(self._seen.setdefault((name, "weights"), {}), gradient_sums(grad, x, result, binarizer.t))
 
         return observe
 
     def _activations_observer(self, name: str, binarizer: Binarizer) -> Observer:
         def observe(grad: Tensor, x: Tensor, result: Tensor) -> None:
+            self._forget_skipped()
             self._counts[name] = self._counts.get(name, 0) + x.numel()
             x, grad, result = sampled(self.sample, x, grad, result)
             sums = self._seen.setdefault((name, "activations"), {})
@@ -196,7 +210,7 @@ class Diagnostics:
         self._disarm()
         if (self.step + 1) % self.every == 0:
             self._armed = True
-            self._seen, self._counts = {}, {}
+            self._seen, self._counts, self._seen_scale = {}, {}, self._scale()
             if not self._blind:
                 self._direct.start()
             for replay in self._replays:
@@ -250,7 +264,7 @@ class Diagnostics:
             for parameter in group["params"]
             if "lr" in group
         }
-        unit = 1.0 if self.scaler is None else 1.0 / float(self.scaler.get_scale())
+        unit = 1.0 / self._scale()
         gathered = _Gathered({place.name: {"weights": None, "activations": None} for place in self.places})
         for place, (x, binary) in self._latents().items():
             assert place.weights is not None

@@ -46,6 +46,7 @@ class _Call:
         enabled = torch.is_autocast_enabled(device.type)
         self.autocast = (device.type, torch.get_autocast_dtype(device.type), enabled)
         self.gradients: dict[int, Tensor] = {}
+        self.mark: object = None
 
     def note(self, outputs: Any) -> None:
         """Take the gradients of the outputs as they come."""
@@ -62,10 +63,12 @@ class Replay:
 
     Args:
         part: from :func:`compiled_parts`.
+        mark: calls are repeated only while this gives what it gave when they were made.
     """
 
-    def __init__(self, part: nn.Module) -> None:
+    def __init__(self, part: nn.Module, mark: Callable[[], object] = lambda: None) -> None:
         self.part = part
+        self.mark = mark
         self.module = unwrapped(part)
         self.calls: list[_Call] = []
         self.running: list[_Call | None] = []
@@ -101,6 +104,7 @@ class Replay:
         call = self.running.pop()
         if call is not None:
             call.note(outputs)
+            call.mark = self.mark()
             self.calls.append(call)
 
     def stop(self) -> None:
@@ -117,7 +121,7 @@ class Replay:
         """
         calls, self.calls = self.calls, []
         for call in calls:
-            if call.gradients:
+            if call.gradients and call.mark == self.mark():
                 with _untouched(self.module, call.buffers):
                     self._repeat(call)
 

@@ -235,6 +235,8 @@ class Equilibrium(Blend, Annealed):
         return self._budgets([self])[0]
 
     def taps(self) -> tuple[Tensor, ...]:
+        if self._tap.device != self.state.device:  # a state dict has been assigned to a module on the meta device
+            self._tap = torch.zeros(6, device=self.state.device, requires_grad=True)
         return (self._tap,) if self.training else ()
 
     def gradients(self, inside: Tensor, bent: Tensor, gap: Callable[[], Tensor]) -> tuple[Tensor, ...]:

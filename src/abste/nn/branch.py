@@ -39,7 +39,7 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layer: Tensor, branch: Tensor) -> Tensor:
         ctx.dtype = branch.dtype
-        return layer.view_as(layer)
+        return layer.clone()  # a view would not let an activation behind it work in place
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -93,6 +93,12 @@ class GradientBranch(nn.Module):
             raise ConfigError(f"GradientBranch: eta must lie in [0, 1e4], got {eta}.")
         self.layer = layer
         self.branch = nn.Parameter(self._core().weight.detach().clone())
+
+    def reset_parameters(self) -> None:
+        """Draw the latents anew, and make the branch a copy of them."""
+        for module in {self._core(): None, self.layer: None}:
+            module.reset_parameters()
+        self.reset_branch()
 
     @torch.no_grad()
     def reset_branch(self) -> None:

@@ -44,6 +44,7 @@ class LayerReport:
         binarized: whether it is binary now.
         reason: what was done, or why it stayed float.
         parameters: number of elements of its weight.
+        binary_weights: whether these are binary; a layer may have binary inputs alone.
     """
 
     name: str
@@ -51,6 +52,7 @@ class LayerReport:
     binarized: bool
     reason: str
     parameters: int
+    binary_weights: bool
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class ConversionReport:
             f"{a:<{width[0]}}  {b:<{width[1]}}  {c:>{width[2]}}  {d:<{width[3]}}  {e}".rstrip()
             for a, b, c, d, e in rows
         ]
-        binary = sum(x.parameters for x in self.layers if x.binarized)
+        binary = sum(x.parameters for x in self.layers if x.binary_weights)
         total = sum(x.parameters for x in self.layers)
         lines.append(
             f"{len(self.binarized)} of {len(self.layers)} layers binarised, "
@@ -235,6 +237,7 @@ def convert(
                 module in plans or isinstance(module, BINARY_LAYERS),
                 plans[module][1] if module in plans else kept[module],
                 _size(module),
+                weights is not None if module in plans else getattr(module, "weight_binarizer", None) is not None,
             )
             for module, all_names in names.items()
         )

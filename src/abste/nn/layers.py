@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from abste.errors import ConfigError, nearest
 from abste.estimators import Binarizer, Spec, resolve
+from abste.estimators.base import fraction
 from abste.nn.functional import Contraction, Convolution, Product, contract
 from abste.nn.latents import EPS, LatentSpec, resolve_latents, standardize
 
@@ -49,10 +50,10 @@ class BinaryActivation(nn.Module):
     Args:
         estimator: a name, a table, or a binarizer, which is copied.
         normalize: divide by the running RMS; False takes the slope at x itself.
-        momentum: of the exponential average.
+        momentum: of the exponential average, in [0, 1]; 0 keeps the plain average of all batches.
 
     Raises:
-        ConfigError: an unknown estimator, or None; an input that is not floating-point.
+        ConfigError: an unknown estimator, or None; a momentum out of range; an input that is not floating-point.
     """
 
     mean_square: Tensor
@@ -65,7 +66,7 @@ class BinaryActivation(nn.Module):
             raise ConfigError("BinaryActivation needs an estimator, got None.")
         self.estimator = resolved
         self.normalize = normalize
-        self.momentum = momentum
+        self.momentum = fraction("BinaryActivation", "momentum", momentum)
         if normalize:
             self.register_buffer("mean_square", torch.ones(()))
             self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64))
@@ -427,9 +428,9 @@ class BinaryConv2d(_BinaryConv, nn.Conv2d):
         activations: binarizer of the input, likewise. None leaves the input alone (W1A32).
         standardize: what happens to the latent weight before its binarizer. True removes each filter's mean and RMS
             (see :func:`~abste.nn.standardize`), which gives estimators an input of known scale. False takes the raw
-            latents, and in training clamps them to ±t of a clipped estimator, or they would die. ``"recu"``, or a table
-            with that name and arguments, is :class:`~abste.nn.ReCU`. Any other module that keeps the shape will do; it
-            is copied.
+            latents, and in training clamps them to ±t of a clipped estimator, or they would die (not those that a
+            parametrisation of torch computes). ``"recu"``, or a table with that name and arguments, is
+            :class:`~abste.nn.ReCU`. Any other module that keeps the shape will do; it is copied.
         normalize: take the slope of ``activations`` at the input divided by its running RMS (see
             :class:`BinaryActivation`); False takes it at the input itself.
         scale: ``"channel"``, the mean of |latent| per output channel; ``"tensor"``, over the whole tensor; ``"std"``,

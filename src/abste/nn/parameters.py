@@ -147,7 +147,7 @@ def _check_flips(model: nn.Module, latents: list[Tensor]) -> None:
 
 @torch.no_grad()
 def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Tensor | Sequence[Tensor]]) -> int:
-    """Measure the batch-norm statistics of a model afresh, in place: cumulative averages, in float32.
+    """Measure the batch-norm statistics of a model afresh, in place: cumulative averages, in the model's own precision.
 
     Needed after weight averaging, since averaged latents have other signs than those the statistics were taken with.
     The rest of the model runs as in evaluation; training modes and momenta are restored. The statistics become the
@@ -169,6 +169,7 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Tensor | Sequence
         return 0
     modes = {module: module.training for module in model.modules()}
     before = [(norm, norm.momentum, {key: b.clone() for key, b in norm.named_buffers(recurse=False)}) for norm in norms]
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     count = 0
     finished = False
     try:
@@ -180,7 +181,7 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Tensor | Sequence
         for found in batches:
             batch = found if isinstance(found, Tensor) else found[0]
             with torch.autocast(batch.device.type, enabled=False):
-                model(batch.float() if batch.is_floating_point() else batch)
+                model(batch.to(dtype) if batch.is_floating_point() else batch)
             count += 1
         if not count:
             raise ConfigError("recalibrate_batch_norm: there is no batch to measure the statistics with.")

@@ -39,6 +39,11 @@ class ChannelShift(nn.Module):
         self.dim = dim
         self.shift = nn.Parameter(torch.zeros(channels))
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Back to no shift."""
+        self.shift.zero_()
+
     def forward(self, x: Tensor) -> Tensor:
         """Add."""
         return x + _per_channel(self, self.shift, x, self.dim)
@@ -136,8 +141,15 @@ class Maxout(nn.Module):
     def __init__(self, channels: int, positive: float = 1.0, negative: float = 0.25) -> None:
         super().__init__()
         _check_channels(self, channels)
-        self.positive = nn.Parameter(torch.full((channels,), number("Maxout", "positive", positive)))
-        self.negative = nn.Parameter(torch.full((channels,), number("Maxout", "negative", negative)))
+        self.start = number("Maxout", "positive", positive), number("Maxout", "negative", negative)
+        self.positive = nn.Parameter(torch.full((channels,), self.start[0]))
+        self.negative = nn.Parameter(torch.full((channels,), self.start[1]))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Back to the slopes of the start."""
+        for slopes, start in zip((self.positive, self.negative), self.start, strict=True):
+            slopes.fill_(start)
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale either side."""
@@ -195,8 +207,15 @@ class AdaptiveSet(nn.Module):
         if scale == 0:
             raise ConfigError("AdaptiveSet: scale must not be 0, or the two values would be one.")
         self.layer = layer
+        self.start = scale, center
         self.scale = nn.Parameter(layer.weight.new_full((), scale))
         self.center = nn.Parameter(layer.weight.new_full((), center))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Back to the two values of the start; the layer has its own."""
+        for value, start in zip((self.scale, self.center), self.start, strict=True):
+            value.fill_(start)
 
     def forward(self, input: Tensor) -> Tensor:
         """The layer's output for inputs of two values."""
