@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -110,6 +112,16 @@ def test_predict(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["predict", "digits.abste", "large.jpg", "0.png"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "large.jpg:" and lines[4] == "0.png:" and len(lines) == 8
+    graph = abste_format.read((folder / "digits.abste").read_bytes())
+    graph.classes = tuple(f"\x1b[31m{name}\N{SNOWMAN}" for name in net.classes or ())
+    (folder / "odd.abste").write_bytes(abste_format.write(graph))
+    for command in (["predict", "odd.abste", "0.png"], ["inspect", "odd.abste"]):
+        done = subprocess.run(  # a name that a terminal would obey, in letters that the output has not
+            [sys.executable, "-m", "abste", *command],
+            capture_output=True,
+            env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        )
+        assert done.returncode == 0 and b"\\ufffd[31m" in done.stdout and b"\\u2603" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -121,11 +121,11 @@ typedef struct {
 
 /* A node: the module it came from, the operation, and sizes. `weight_bits` is 1, 16, 32 or 0; `weight_count` counts weights;
  * `input_bits` is 1 or 32, or 8 after an abste_pack that said so; `macs` are multiply-accumulates for one image, padding included;
- * `work` are those, or the numbers that a window of a pool reads, or the numbers written: a measure of how long it takes. `out` is the
- * value it writes (its float one if both). */
+ * `work` are those, or the numbers that a window of a pool reads, or the numbers written: a measure of how long it takes. `in` is the
+ * value it reads (of two, the first) and `out` the one it writes (its float one if both). */
 typedef struct {
     const char *name, *operation;
-    uint32_t out, step_count, weight_bits, weight_count, input_bits;
+    uint32_t in, out, step_count, weight_bits, weight_count, input_bits;
     uint64_t macs, work;
 } abste_node_info;
 
@@ -138,8 +138,9 @@ ABSTE_API uint32_t abste_output(const abste_model *model, uint32_t i);
 /* These return 0, or -1 for an index that does not exist. */
 ABSTE_API int abste_value(const abste_model *model, uint32_t i, abste_value_info *info);
 ABSTE_API int abste_node(const abste_model *model, uint32_t i, abste_node_info *info);
-/* Name of a step of a node, or NULL where there is no such step. */
+/* Name of a step of a node, or NULL where there is no such step; and its kind, numbered as in docs/format.md, or -1. */
 ABSTE_API const char *abste_step_name(const abste_model *model, uint32_t node, uint32_t step);
+ABSTE_API int abste_step_kind(const abste_model *model, uint32_t node, uint32_t step);
 /* Mean and standard deviation per channel of input 0 (2 c numbers), the class names (each ended by a zero byte) and the JSON
  * text, with their sizes in bytes; NULL where the file has none. */
 ABSTE_API const float *abste_normalization(const abste_model *model);

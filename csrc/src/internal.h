@@ -4,8 +4,9 @@
 
 #include "abste.h"
 
-/* Instruction sets are chosen at run time, function by function: no file needs flags of its own. */
-#if !defined(ABSTE_SCALAR_ONLY) && (defined(__x86_64__) || defined(_M_X64)) && (defined(__GNUC__) || defined(__clang__))
+/* Instruction sets are chosen at run time, function by function: no file needs flags of its own. Microsoft's compiler cannot do
+ * that, and clang in its place (clang-cl) leaves out the declarations of AVX-512 unless all files are compiled for it. */
+#if !defined(ABSTE_SCALAR_ONLY) && defined(__x86_64__) && !defined(_MSC_VER) && (defined(__GNUC__) || defined(__clang__))
 #define ABSTE_X86
 #endif
 #if !defined(ABSTE_SCALAR_ONLY) && defined(__aarch64__) && (defined(__GNUC__) || defined(__clang__))

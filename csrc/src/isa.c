@@ -84,15 +84,15 @@ size_t abste_node_packed_bytes(const abste_model *model, const abste_variant *va
 
 size_t abste_packed_bytes(const abste_model *model, abste_isa isa, uint32_t int8) {
     const abste_variant *variant = abste_isa_name(isa) ? VARIANTS[isa] : NULL;
-    size_t bytes = 0;
+    uint64_t bytes = 0; /* nodes may share a blob: a file has less than all of them are packed */
     for (uint32_t i = 0; i < model->node_count; ++i)
         bytes += abste_node_packed_bytes(model, variant, int8, node_at(model, i), NULL);
-    return bytes;
+    return bytes < SIZE_MAX ? (size_t)bytes : SIZE_MAX;
 }
 
 abste_status abste_pack(abste_model *model, abste_isa isa, uint32_t int8, void *memory, size_t bytes) {
     const size_t needed = abste_packed_bytes(model, isa, int8);
-    if (!abste_has(isa) || bytes < needed || (needed && (!memory || (uintptr_t)memory % 64)))
+    if (!abste_has(isa) || bytes < needed || needed == SIZE_MAX || (needed && (!memory || (uintptr_t)memory % 64)))
         return ABSTE_ERROR_ARGUMENT;
     const abste_variant *variant = VARIANTS[isa];
     uint8_t *at = memory;

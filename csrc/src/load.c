@@ -446,7 +446,11 @@ const char *abste_message(abste_status status) {
     return (unsigned)status < sizeof messages / sizeof *messages ? messages[status] : "unknown status";
 }
 
-size_t abste_arena_bytes(const abste_model *model) { return (size_t)model->arena_bytes + model->scratch; }
+size_t abste_arena_bytes(const abste_model *model) {
+    const uint64_t bytes = (uint64_t)model->arena_bytes + model->scratch;
+    return bytes < SIZE_MAX ? (size_t)bytes : SIZE_MAX;
+}
+
 uint32_t abste_input_count(const abste_model *model) { return model->input_count; }
 uint32_t abste_output_count(const abste_model *model) { return model->output_count; }
 uint32_t abste_value_count(const abste_model *model) { return model->value_count; }
@@ -485,6 +489,7 @@ int abste_node(const abste_model *model, uint32_t i, abste_node_info *info) {
     const abste_value_record *out = written_by(model, node);
     info->name = string(model, node->name);
     info->operation = names[node->op];
+    info->in = node->in0;
     info->out = node->out != ABSTE_NONE ? node->out : node->bits;
     info->step_count = node->step_count;
     info->input_bits = value_at(model, node->in0)->kind == ABSTE_BITS ? 1 : abste_int8(model, model->int8, node) ? 8 : 32;
@@ -509,6 +514,12 @@ const char *abste_step_name(const abste_model *model, uint32_t node, uint32_t st
     if (node >= model->node_count || step >= node_at(model, node)->step_count)
         return NULL;
     return string(model, step_at(model, node_at(model, node)->first_step + step)->name);
+}
+
+int abste_step_kind(const abste_model *model, uint32_t node, uint32_t step) {
+    if (node >= model->node_count || step >= node_at(model, node)->step_count)
+        return -1;
+    return step_at(model, node_at(model, node)->first_step + step)->kind;
 }
 
 const float *abste_normalization(const abste_model *model) {

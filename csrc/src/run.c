@@ -336,7 +336,7 @@ abste_status abste_run(const abste_model *model, const abste_run_arguments *argu
     const size_t arena_bytes = abste_arena_bytes(model);
     if (arena_bytes && (!arguments->arena || (uintptr_t)arguments->arena % 64))
         return ABSTE_ERROR_ARGUMENT;
-    if (arguments->arena_bytes < arena_bytes)
+    if (arguments->arena_bytes < arena_bytes || arena_bytes == SIZE_MAX)
         return ABSTE_ERROR_ARENA;
     for (uint32_t k = 0; k < arguments->trace_count; ++k) {
         const abste_trace *wanted = &arguments->traces[k];

@@ -33,6 +33,8 @@ int main(void) {
     const abste_status loaded = abste_load(&model, MODEL, sizeof MODEL, 0, NULL);
     if (loaded != ABSTE_OK)
         return fail(abste_message(loaded));
+    if (abste_input_count(&model) != 1 || abste_output_count(&model) != 1)
+        return fail("this network does not take one image and give one vector");
     abste_value(&model, 0, &input);
     abste_value(&model, abste_output(&model, 0), &output);
     const uint32_t pixels = input.h * input.w, classes = output.h * output.w * output.c;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import shlex
@@ -33,6 +34,9 @@ _EXTRA = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and give its exit status: 0, 2 for an error of the user's, 130 and 143 after a signal."""
+    for stream in (sys.stdout, sys.stderr):  # a name of a class must not fail where the output has no such letter
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     arguments, unknown = _parser().parse_known_args(argv)
     if unknown:
         arguments.parser.error(_unknown_arguments(unknown, hasattr(arguments, "overrides")))
@@ -616,6 +620,7 @@ def _predict(arguments: argparse.Namespace) -> int:
     from abste.errors import ConfigError
     from abste.runtime import load
     from abste.runtime.image import classify
+    from abste.runtime.inspect import printable
 
     if arguments.top < 1:
         raise ConfigError(f"--top must be at least 1, not {arguments.top}.")
@@ -624,6 +629,7 @@ def _predict(arguments: argparse.Namespace) -> int:
         found = classify(network, image)[: arguments.top]
         if len(arguments.images) > 1:
             print(f"{image}:")
+        found = [(printable(name), probability) for name, probability in found]
         width = max(len(name) for name, _ in found)
         for name, probability in found:
             print(f"{name:{width}}  {probability:7.2%}")

@@ -171,6 +171,7 @@ def test_command(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     ("options", "message"),
     [
         (["--batch", "0"], "--batch, --threads and --seconds must be positive."),
+        (["--batch", str(10**15)], f"--batch {10**15}: so many images do not fit into memory."),
         (["--threads", "1", "0"], "--batch, --threads and --seconds must be positive."),
         (["--seconds", "-1"], "--batch, --threads and --seconds must be positive."),
         (["--isa", "avx9"], "isa: this machine has no 'avx9'"),

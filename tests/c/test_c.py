@@ -365,3 +365,17 @@ def test_example_runs_from_read_only_memory(compiler: str, tmp_path: Path) -> No
     np.testing.assert_allclose([float(n) for n in numbers], network(image[None], layout="nhwc")[0], atol=6e-6)
     short = subprocess.run([str(tmp_path / "classify")], input=b"\0", capture_output=True)
     assert short.returncode == 1 and b"too short" in short.stderr
+    # Another network or other flags make it anew, the same ones do not; and without a network it says what it needs.
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert "up to date" in again.stdout
+    graph.values[graph.input_count].output = True  # a second output
+    other = tmp_path / "other.abste"
+    other.write_bytes(abste_format.write(plan(graph)))
+    os.utime(other, (0, 0))
+    subprocess.run([*command, f"MODEL={other}"], capture_output=True, text=True, check=True)
+    several = subprocess.run([str(tmp_path / "classify")], input=pixels.tobytes(), capture_output=True)
+    assert several.returncode == 1 and b"does not take one image and give one vector" in several.stderr
+    flags = subprocess.run([*command, f"MODEL={other}", "CFLAGS=-O1"], capture_output=True, text=True, check=True)
+    assert "-O1" in flags.stdout
+    none = subprocess.run([*command[:3], f"OUT={tmp_path}"], capture_output=True, text=True)
+    assert none.returncode == 2 and "make MODEL=net.abste" in none.stderr

@@ -139,6 +139,20 @@ def test_wrong_files(change: Any, message: str) -> None:
         abste_format.read(change(abste_format.write(network())))
 
 
+def test_a_layer_without_groups_is_malformed() -> None:
+    graph = network()
+    graph.nodes[1].groups = 0
+    with pytest.raises(FormatError, match=r"a node of this .abste file has 0 groups; it must have at least 1\."):
+        abste_format.read(abste_format.write(graph))
+
+
+def test_a_window_beyond_the_format_is_refused() -> None:
+    graph = network()
+    graph.nodes[1].stride = (1, 70000)
+    with pytest.raises(ConversionError, match=r"stride, dilation or padding is too large for an .abste file"):
+        abste_format.write(graph)
+
+
 @given(st.data())
 def test_damage_raises_nothing_but_format_errors(data: st.DataObject) -> None:
     file = bytearray(abste_format.write(network()))

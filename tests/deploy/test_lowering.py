@@ -24,7 +24,7 @@ from abste.deploy import format as abste_format
 from abste.deploy.graph import Graph, Kind, Op, StepKind
 from abste.deploy.lowering import lower
 from abste.deploy.verification import verify
-from abste.errors import ConversionError
+from abste.errors import ConfigError, ConversionError
 from abste.estimators import Estimator
 from abste.models.resnet import PadShortcut
 from abste.nn import BinaryActivation, BinaryConv1d, BinaryConv2d, BinaryLinear
@@ -426,7 +426,76 @@ def test_integers_are_those_of_the_signs() -> None:
     np.testing.assert_array_equal(found["1"], y)
 
 
+def check_intermediates(model: nn.Module, shape: tuple[int, ...]) -> list[str]:
+    """Each is what PyTorch's module gives, or the integer sums of a binary layer; their names."""
+    x = torch.randn(2, *shape)
+    network = Network(np.frombuffer(abste_format.write(lower(model, x).graph), np.uint8), "a test")
+    given: dict[str, Tensor] = {}
+    modules = dict(model.named_modules())
+    handles = [
+        module.register_forward_hook(lambda _, __, output, name=name: given.update({name: output}))
+        for name, module in modules.items()
+    ]
+    with torch.no_grad():
+        model(x)
+    for handle in handles:
+        handle.remove()
+    names = network.intermediates()
+    _, found = network(x.numpy(), intermediates=names)
+    xnor = [node.name for node in network.nodes if node.operation == "xnor"]
+    for name in names:
+        assert found[name].shape == given[name].shape, name
+        if name in xnor:
+            assert found[name].dtype == np.int32
+        else:
+            scale = float(given[name].abs().max())
+            np.testing.assert_allclose(found[name], given[name].numpy(), rtol=0, atol=1e-4 * scale, err_msg=name)
+    return names
+
+
 ste = {"weights": "ste", "activations": "ste"}
+
+
+class PoolConvDouble(nn.Module):
+    """What it gives is made of a node of its own and of its layer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(5, 5, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.max_pool2d(x, 2)) * 2
+
+
+def test_intermediates_are_what_modules_give() -> None:
+    first = (nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5), BinaryConv2d(5, 6, 3, **ste), nn.BatchNorm2d(6))
+    last = (nn.Hardtanh(), BinaryConv2d(6, 5, 2, **ste), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(5 * 3, 3))
+    names = check_intermediates(stir(nn.Sequential(*first, *last)), IMAGE)
+    assert names == ["1", "2", "5", "6", "8"]  # 0 has gone into 1; 3 and 4 into bits
+    pooled = nn.Sequential(nn.Conv2d(4, 5, 3, bias=False), nn.BatchNorm2d(5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert check_intermediates(stir(nn.Sequential(*pooled, nn.BatchNorm1d(5))), IMAGE) == ["1", "2", "4"]
+    double = nn.Sequential(nn.Conv2d(4, 5, 1), nn.ReLU(), PoolConvDouble(), nn.BatchNorm2d(5))
+    assert check_intermediates(stir(double), (4, 12, 12)) == ["0", "1", "2", "3"]
+    model = stir(nn.Sequential(nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5)))
+    file = abste_format.write(lower(model, torch.zeros(1, *IMAGE)).graph)
+    network = Network(np.frombuffer(file, np.uint8), "a test")
+    with pytest.raises(ConfigError, match=r"^no output of '0' stands anywhere in this network \(it may be folded"):
+        network(np.zeros((1, *IMAGE), np.float32), intermediates="0")
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet8", "resnet8_bireal", "imagenet_resnet18_bireal", "vgg_small", "react_resnet18"]
+)
+@pytest.mark.parametrize("bits", ["W1A32", "W1A1"])
+def test_intermediates_of_our_networks(name: str, bits: str) -> None:
+    model = models.create(name, width=4, num_classes=7)
+    x = torch.randn(2, 3, 32, 32)
+    activations = "ste" if bits == "W1A1" else None
+    abste.convert(stir(model), activations=activations, example_input=x, unsigned_inputs="batch_norm")
+    names = check_intermediates(model.eval(), (3, 32, 32))
+    assert "layer1.0.bn2" in names or name == "vgg_small"
+
+
 SIGNS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "sign alone": (BinaryActivation("ste"), IMAGE),
     "sign of a sign": (nn.Sequential(BinaryActivation("ste"), BinaryActivation("ste")), VECTOR),

@@ -96,6 +96,55 @@ def test_half_precision_of_parametrised_weights(wrap: Any, tmp_path: Path) -> No
     assert all(check.passed for check in verify_file(model, file, EXAMPLE, float16=True))
 
 
+class Standardised(nn.Conv2d):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return nn.functional.conv2d(input, weight / weight.std((1, 2, 3), keepdim=True), self.bias)
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(4, 3, 3, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.conv2d(x, self.kernel)
+
+
+@pytest.mark.parametrize("make", [lambda: Standardised(3, 4, 3), Functional])
+def test_half_precision_leaves_weights_that_are_computed(make: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 4, 1)
+    model = nn.Sequential(make(), nn.ReLU(), layer, layer, nn.Flatten()).eval()
+    export(model, tmp_path / "net.abste", EXAMPLE, float16=True)
+    file = (tmp_path / "net.abste").read_bytes()
+    weights = [node.weight for node in abste_format.read(file).nodes if node.weight is not None]
+    assert [weight.dtype for weight in weights] == [np.float32, np.float16, np.float16]
+    assert all(check.passed for check in verify_file(model, file, EXAMPLE, float16=True))
+
+
+class Doubled(abste.nn.BinaryConv2d):
+    def forward(self, input: torch.Tensor, offset: torch.Tensor | None = None) -> torch.Tensor:
+        return 2 * super().forward(input, offset)
+
+
+def test_binary_layers_with_hooks_and_forwards_of_their_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer = abste.nn.BinaryConv2d(3, 4, 3, weights="ste", activations="ste")
+    model = nn.Sequential(layer, nn.Flatten()).eval()
+    layer.register_forward_hook(lambda _, __, output: 3 * output)
+    layer.register_forward_pre_hook(lambda _, inputs: (inputs[0] - 0.5,))
+    export(model, tmp_path / "net.abste", EXAMPLE)  # which verifies
+    model = nn.Sequential(Doubled(3, 4, 3, weights="ste"), nn.Flatten()).eval()
+    with pytest.raises(ConversionError, match=r"^0: Doubled has a forward of its own .* use BinaryConv2d itself"):
+        lower(model, EXAMPLE)
+
+
+def test_a_path_that_is_none() -> None:
+    with pytest.raises(ConversionError, match=r"^the path of the file must be a str or a Path, not NoneType\.$"):
+        export(nn.Flatten(), None, EXAMPLE)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("wrap", "remedy"),
     [

@@ -387,5 +387,5 @@ def test_half_precision_is_for_weights_that_fit() -> None:
         Node(Op.CONV, (0,), 2, weight=large),
         Node(Op.SIGN_CONV, (0,), 3, weight=signs),
     ]
-    to_half(small(nodes, "ffff", (1, 2, 3)))
+    to_half(small(nodes, "ffff", (1, 2, 3)), ["", "other"])
     assert [node.weight.dtype for node in nodes] == [np.float16, np.float32, bool]  # type: ignore[union-attr]

@@ -213,6 +213,48 @@ class Twice(nn.Module):
         return self.conv(first - 1.5).mean((2, 3)), first
 
 
+class Alias(nn.Module):
+    """One layer by two names, and a call by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = abste.nn.BinaryConv2d(3, 3, 1, activations="ste")
+        self.two, self.norm = self.one, nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(self.norm(self.two(input=x))).mean((2, 3))
+
+
+class Dead(Alias):
+    """A call that leads to nothing, before the one that does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.one(x), self.two(self.norm(x)))[1].mean((2, 3))
+
+
+class Gated(Alias):
+    """Two calls, of which the first waits for the second in the graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.one(x)
+        return y * self.one(self.norm(x)).mean((2, 3), keepdim=True).sigmoid()
+
+
+@pytest.mark.parametrize("make", [Alias, Dead, Gated])
+def test_calls_of_a_layer_are_told_apart(make: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = settled(make())
+    file = abste_format.write(lower(model, EXAMPLE).graph)
+    constants, noise = verify_file(model, file, EXAMPLE)
+    assert constants.passed and noise.passed and noise.integers > 0, str(noise)
+    graph = abste_format.read(file)
+    node = next(node for node in graph.nodes if node.op is Op.XNOR)
+    assert node.weight is not None
+    node.weight = node.weight.copy()
+    node.weight[0, 0, 0, 0] ^= True
+    assert not verify(model, abste_format.write(graph), random_batches((3, 12, 12)), "noise").passed
+
+
 def test_layers_that_are_called_twice_and_several_outputs() -> None:
     torch.manual_seed(0)
     model = Twice().eval()

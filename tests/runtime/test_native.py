@@ -182,6 +182,11 @@ def test_a_path_may_be_bytes_and_must_be_one(random_graph: Build, tmp_path: Path
             load(wrong)  # type: ignore[arg-type]
 
 
+def test_an_int8_that_is_no_name(random_graph: Build) -> None:
+    with pytest.raises(ConfigError, match=r"^int8=\['stem'\]; "):
+        Network(np.frombuffer(abste_format.write(random_graph(3)), np.uint8), "a test", int8=["stem"])  # type: ignore[arg-type]
+
+
 def test_one_name_of_an_intermediate(random_graph: Build) -> None:
     graph = random_graph(3)
     packed = loaded(graph)

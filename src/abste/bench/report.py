@@ -20,6 +20,7 @@ from abste.bench import measure, peers
 from abste.bench.measure import Spread
 from abste.deploy import format as abste_format
 from abste.errors import ConfigError
+from abste.runtime.inspect import printable
 from abste.runtime.network import MAX_THREADS, Int8, Network, available_cores, int8_isas, isas, load
 from abste.zoo import resolve
 
@@ -176,7 +177,10 @@ def bench(
     networks = {name: load(path, isa=name, int8=int8) for name in dict.fromkeys(isa or _usual(int8))}
     first = next(iter(networks.values()))
     rng = np.random.default_rng(0)
-    inputs = [rng.normal(size=(batch, *value.shape)).astype(np.float32) for value in first.inputs]
+    try:
+        inputs = [rng.normal(size=(batch, *value.shape)).astype(np.float32) for value in first.inputs]
+    except (MemoryError, ValueError):  # NumPy raises the latter where a size is no machine word
+        raise ConfigError(f"--batch {batch}: so many images do not fit into memory.") from None
     notes: list[str] = []
     if peer_names is None and (len(first.inputs), len(first.outputs)) != (1, 1):
         wanted, notes = [], ["Other engines are left out: the network has several inputs or outputs."]
@@ -270,4 +274,4 @@ def _table(rows: Sequence[tuple[str, ...]], left: tuple[int, ...]) -> str:
     lines = [form.format(*row).rstrip() for row in rows]
     lines.insert(1, "-" * max(map(len, lines)))
     # Names come from the file: what a terminal would obey rather than show is replaced.
-    return "\n".join("".join(char if char.isprintable() else "\ufffd" for char in line) for line in lines)
+    return "\n".join(map(printable, lines))

@@ -78,7 +78,13 @@ def write(graph: Graph) -> bytes:
     values = b"".join(_packed_value(value, tables) for value in graph.values)
     nodes, steps, first = [], [], 0
     for node in graph.nodes:
-        nodes.append(_packed_node(node, first, tables))
+        try:
+            nodes.append(_packed_node(node, first, tables))
+        except struct.error:
+            raise ConversionError(
+                f"{node.name or node.op.name.lower()}: its kernel, stride, dilation or padding is too large for an "
+                ".abste file (65535)."
+            ) from None
         steps += [_packed_step(step, tables) for step in node.steps]
         first += len(node.steps)
     normalization, classes, metadata = NONE, NONE, NONE
@@ -291,6 +297,8 @@ def _read_node(fields: tuple[Any, ...], values: list[Value], steps: list[Step], 
         raise FormatError("this .abste file refers to a value that does not exist.")
     array = reader.blob(weight, *((F32, F16) if node.op is Op.CONV else (BITS,)))
     if array is not None:
+        if groups < 1:
+            raise FormatError(f"a node of this .abste file has {groups} groups; it must have at least 1.")
         inputs, outputs = values[in0].shape[2] // groups, values[node.written()[0]].shape[2]
         shape = (*kernel, inputs, outputs) if node.op is Op.CONV else (outputs, *kernel, inputs)
         node.weight = array.reshape(shape)

@@ -101,7 +101,8 @@ def lower(
         classes: names of the classes.
         normalization: mean and standard deviation per channel of the input, of pixels between 0 and 1.
         metadata: what else the file shall say of itself, as JSON types.
-        float16: store the weights that stay float in half precision.
+        float16: store the weights of float layers in half precision, but for those that a layer computes anew in each
+            call.
 
     Raises:
         ConversionError: an operation, or a use of one, that the graph does not know: names the module, the operation,
@@ -153,7 +154,7 @@ def lower(
     simplify(graph)
     _order_outputs(graph, walk.results)
     if float16:
-        to_half(graph)
+        to_half(graph, own_weights(model, graph))
     graph = plan(graph)
     return Lowered(graph, _report(model, graph))
 
@@ -187,6 +188,26 @@ def _names(classes: Any) -> tuple[str, ...]:
     except (TypeError, UnicodeEncodeError) as error:
         raise ConversionError(f"classes must be a sequence of names, each of them a str: {error}.") from error
     return names
+
+
+def own_weights(model: nn.Module, graph: Graph) -> set[str]:
+    """Names of the float layers that compute with their own weight as it is, or with that in half precision.
+
+    A module may compute another from it in each call, or hold a parameter for a function of torch. Rounding that in the
+    model is not rounding what the graph holds.
+    """
+    layers = dict(model.named_modules(remove_duplicate=False))
+    own: dict[str, bool] = {}
+    for node in graph.nodes:
+        layer = layers.get(node.name)
+        if node.op is Op.CONV and node.weight is not None and isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Linear):
+            weight = layer.weight.detach().float().cpu()
+            packed = torch.from_numpy(node.weight).permute(3, 2, 0, 1)
+            same = weight.numel() == packed.numel() and torch.equal(
+                weight.to(packed.dtype).reshape(packed.shape), packed
+            )
+            own[node.name] = own.get(node.name, True) and same
+    return {name for name, same in own.items() if same}
 
 
 def _order_outputs(graph: Graph, results: list[int]) -> None:

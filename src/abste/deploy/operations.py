@@ -367,7 +367,7 @@ def _global_pool(walk: Walk, node: fx.Node, arguments: dict[str, Any]) -> None:
     name = _pool_name(node)
     if "adaptive" in name:
         size = _pair(arguments["output_size"], _pool_dims(walk, node, name))
-        if h % size[0] or w % size[1]:
+        if min(size) < 1 or h % size[0] or w % size[1]:
             raise walk.refuse(f"its output size {size[0]}x{size[1]} does not divide {h}x{w}.")
         kernel = (h // size[0], w // size[1])
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,10 @@ from torch.utils._pytree import tree_leaves
 
 from abste.deploy import format as abste_format
 from abste.deploy.graph import Graph
-from abste.deploy.lowering import PackReport, check_metadata, lower
+from abste.deploy.lowering import PackReport, check_metadata, lower, own_weights
 from abste.deploy.twins import float_copy, hook_remedy
 from abste.deploy.verification import Constants, Verification, compare_constants, random_batches, verify
 from abste.errors import ConversionError
-from abste.nn.layers import BINARY_LAYERS
 from abste.runtime.network import Int8, Network
 from abste.train.files import write_atomic
 
@@ -118,7 +117,8 @@ def export(
         classes: names of the classes.
         normalization: mean and standard deviation per channel, of pixels between 0 and 1.
         metadata: what else the file shall say of itself, as JSON types.
-        float16: store the weights that stay float in half precision.
+        float16: store the weights of float layers in half precision, but for those that a layer computes anew in each
+            call.
         data: (what it is, batches of images and labels) to verify on, besides random images. Images are float32,
             normalised as in training; labels may be None. It is gone through more than once, as a DataLoader can be.
         kept_float: why layers stayed float, by name: ``ConversionReport.kept_float`` of :func:`abste.convert`.
@@ -132,6 +132,10 @@ def export(
         RunError: the file cannot be written.
     """
     check_metadata(metadata)
+    try:
+        path = Path(os.fsdecode(path))
+    except TypeError:
+        raise ConversionError(f"the path of the file must be a str or a Path, not {type(path).__name__}.") from None
     if float16:
         metadata = {**(metadata or {}), "float16": True}  # the file says it, and can be verified
     lowered = lower(
@@ -153,8 +157,9 @@ def export(
     rounding = []
     if float16:
         noise = "Gaussian noise", random_batches(tuple(example_input.shape[1:]))
-        rounding = [_rounding(model, *source) for source in (noise, data) if source is not None]
-    write_atomic(Path(path), file)
+        halved = _halved(model, lowered.graph)
+        rounding = [_rounding(model, halved, *source) for source in (noise, data) if source is not None]
+    write_atomic(path, file)
     return Export(lowered.report, checks, len(file), rounding)
 
 
@@ -187,7 +192,7 @@ def verify_file(
     if graph is None:
         graph = lower(model, example_input, float16=float16).graph
     if float16:
-        round_to_half(model)
+        round_to_half(model, _halved(model, graph))
     checks: list[Check] = [compare_constants(abste_format.read(np.frombuffer(file, np.uint8).data), graph)]
     noise = verify(model, file, random_batches(tuple(example_input.shape[1:])), "Gaussian noise")
     checks.append(noise)
@@ -209,27 +214,31 @@ class _Half(nn.Module):
         return x.half().float()
 
 
+def _halved(model: nn.Module, graph: Graph) -> set[str]:
+    """Names of the layers whose weights are in half precision, rounded from what they are in the model."""
+    half = {node.name for node in graph.nodes if node.weight is not None and node.weight.dtype == np.float16}
+    return half & own_weights(model, graph)
+
+
 @torch.no_grad()
-def round_to_half(model: nn.Module) -> None:
-    """Round what a file in half precision rounds: the weights of float convolutions and linear layers, in place.
+def round_to_half(model: nn.Module, names: Collection[str]) -> None:
+    """Round what a file in half precision rounds: the weights of the layers of these names, in place.
 
     Raises:
         ConversionError: a hook computes a weight anew in each call.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):
-            binary = isinstance(module, BINARY_LAYERS) and module.weight_binarizer is not None
-            if not binary and module.weight.abs().max() < 65504:
-                if remedy := hook_remedy(module, "weight"):
-                    raise ConversionError(
-                        f"{name or 'the model'}: its weight is computed by a hook in each call, and cannot be rounded "
-                        f"to half precision; {remedy} first."
-                    )
-                if parametrize.is_parametrized(module, "weight"):
-                    # One more, behind the others: to remove these would take them from the model's other copies, too.
-                    parametrize.register_parametrization(module, "weight", _Half(), unsafe=True)
-                else:
-                    module.weight.copy_(_Half()(module.weight))
+    modules = {module: name for name, module in model.named_modules(remove_duplicate=False) if name in names}
+    for module, name in modules.items():
+        if remedy := hook_remedy(module, "weight"):
+            raise ConversionError(
+                f"{name or 'the model'}: its weight is computed by a hook in each call, and cannot be rounded "
+                f"to half precision; {remedy} first."
+            )
+        if parametrize.is_parametrized(module, "weight"):
+            # One more, behind the others: to remove these would take them from the model's other copies, too.
+            parametrize.register_parametrization(module, "weight", _Half(), unsafe=True)
+        else:
+            module.weight.copy_(_Half()(module.weight))
 
 
 @torch.no_grad()
@@ -257,8 +266,8 @@ def compare_logits(what: str, source: str, before: Logits, after: Logits, batche
     return found
 
 
-def _rounding(model: nn.Module, source: str, batches: Iterable[Batch]) -> Rounding:
+def _rounding(model: nn.Module, halved: Collection[str], source: str, batches: Iterable[Batch]) -> Rounding:
     """Compare a model with itself, its float weights rounded to half precision."""
     before, after = float_copy(model), float_copy(model)
-    round_to_half(after)
+    round_to_half(after, halved)
     return compare_logits("half precision", source, before, after, batches)

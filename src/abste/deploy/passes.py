@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import replace
 
 import numpy as np
@@ -18,8 +19,9 @@ _TABLE = 2**22
 def simplify(graph: Graph) -> Graph:
     """All passes, in their order. The graph is changed in place; the result is it, with values that nothing writes."""
     fuse(graph)
+    names = {node.name for node in graph.nodes if node.name}
     for node in graph.nodes:
-        node.steps = merge_linear(node.steps)
+        node.steps = merge_linear(node.steps, names, node)
     remove_dead(graph)
     for node in graph.nodes:
         to_threshold(graph, node)
@@ -58,11 +60,22 @@ def fuse(graph: Graph) -> None:
     graph.nodes[:] = [node for node in nodes if node is not None]
 
 
-def merge_linear(steps: list[Step]) -> list[Step]:
-    """Neighbouring steps that multiply and add become one, computed in float64 and rounded once."""
+def merge_linear(steps: list[Step], names: Collection[str] = (), node: Node | None = None) -> list[Step]:
+    """Neighbouring steps that multiply and add become one, computed in float64 and rounded once.
+
+    Args:
+        steps: of a node.
+        names: of all nodes. A step of such a name stays: where it was gone, the node would be taken for the module's
+            output. Only the scale and bias of a layer are gone for good, which shows at the node.
+        node: whose steps they are.
+    """
     merged: list[Step] = []
     for step in steps:
         if not (merged and step.kind in _LINEAR and merged[-1].kind in _LINEAR):
+            merged.append(step)
+            continue
+        layer = len(merged) == 1 and node is not None and node.weight is not None and merged[0].name == node.name
+        if merged[-1].name in names and not layer:
             merged.append(step)
             continue
         a1, b1 = _coefficients(merged[-1])
@@ -145,11 +158,13 @@ def to_threshold(graph: Graph, node: Node) -> None:
     node.steps = [Step(StepKind.THRESHOLD, name, pairs)]
 
 
-def to_half(graph: Graph) -> None:
-    """Store the weights of float convolutions in half precision, where they fit into it."""
+def to_half(graph: Graph, names: Collection[str]) -> None:
+    """Store weights of float convolutions in half precision: those of these names, where they fit, and exact ones."""
     for node in graph.nodes:
         if node.op is Op.CONV and node.weight is not None and np.abs(node.weight).max(initial=0) < 65504:
-            node.weight = node.weight.astype(np.float16)
+            half = node.weight.astype(np.float16)
+            if node.name in names or (half == node.weight).all():
+                node.weight = half
 
 
 def bits_of(graph: Graph, index: int) -> int:

@@ -67,8 +67,8 @@ def _(
 
 
 class _Sign(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, torch.ops.abste.sign(x))
+    def forward(self, input: Tensor) -> Tensor:
+        return cast(Tensor, torch.ops.abste.sign(input))
 
 
 class _Layer(nn.Module):
@@ -97,9 +97,8 @@ class _Layer(nn.Module):
         center = layer.binary_center()
         self.window = None if center is None else _Window(self, center)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.binarizes:
-            x = torch.ops.abste.sign(x)
+    def forward(self, input: Tensor) -> Tensor:
+        x = torch.ops.abste.sign(input) if self.binarizes else input
         if self.binary:
             y = torch.ops.abste.binary_sums(
                 x, self.signs, self.stride, self.border, self.dilation, self.groups, self.pad_value
@@ -161,8 +160,8 @@ class _Set(nn.Module):
         self.register_buffer("bias", None if twin.bias is None else (1 - self.scale) * twin.bias)
         self.border = _Border(twin, self.scale * self.center)
 
-    def forward(self, x: Tensor) -> Tensor:
-        z = (x - self.center) / self.scale
+    def forward(self, input: Tensor) -> Tensor:
+        z = (input - self.center) / self.scale
         y = self.border(z, self.layer(z) * self.scale)
         return cast(Tensor, y if self.bias is None else y + self.bias)
 
@@ -219,10 +218,28 @@ class _Border(nn.Module):
         return y + convolve(count, self.spread) * self.center
 
 
+_TWINNED = (*BINARY_LAYERS, BinaryActivation, AdaptiveSet)
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
 def _twin(module: nn.Module) -> nn.Module:
+    """The twin of a module, with its hooks, but for those of torch that compute a parameter anew in each call."""
+    twin: nn.Module
     if isinstance(module, BinaryActivation):
-        return _Sign()
-    return _Set(module) if isinstance(module, AdaptiveSet) else _Layer(module)
+        twin = _Sign()
+    else:
+        twin = _Set(module) if isinstance(module, AdaptiveSet) else _Layer(module)
+    computing = {key for key, hook in module._forward_pre_hooks.items() if _remover(hook)}
+    for table in _HOOKS:
+        hooks = {key: hook for key, hook in getattr(module, table).items() if key not in computing}
+        getattr(twin, table).update(hooks)
+    return twin
 
 
 def float_copy(model: nn.Module) -> nn.Module:
@@ -256,11 +273,14 @@ _REMOVERS = {
 def hook_remedy(module: nn.Module, key: str) -> str | None:
     """How to be rid of the hook that computes this parameter of a module; None where there is no such hook."""
     for hook in module._forward_pre_hooks.values():
-        if key in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None)):
-            for base in type(hook).__mro__:
-                if base.__name__ in _REMOVERS:
-                    return f"call {_REMOVERS[base.__name__].format(key)}"
+        remover = _remover(hook)
+        if remover and key in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None)):
+            return f"call {remover.format(key)}"
     return None
+
+
+def _remover(hook: Any) -> str | None:
+    return next((_REMOVERS[base.__name__] for base in type(hook).__mro__ if base.__name__ in _REMOVERS), None)
 
 
 def with_twins(model: nn.Module) -> nn.Module:
@@ -273,8 +293,14 @@ def with_twins(model: nn.Module) -> nn.Module:
     made: dict[int, nn.Module] = {}
     owned = {layer.activation for layer in model.modules() if isinstance(layer, BINARY_LAYERS)}
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if not isinstance(module, (*BINARY_LAYERS, BinaryActivation, AdaptiveSet)) or module in owned:
+        if not isinstance(module, _TWINNED) or module in owned:
             continue
+        ours = next(base for base in type(module).__mro__ if base in _TWINNED)
+        if type(module).forward is not ours.forward:
+            raise ConversionError(
+                f"{name or 'the model'}: {type(module).__name__} has a forward of its own and cannot be packed; use "
+                f"{ours.__name__} itself, and do the rest in a module around it."
+            )
         if getattr(module, "padding_mode", "zeros") != "zeros":
             raise ConversionError(
                 f"{name or 'the model'}: a binary layer with padding_mode={module.padding_mode!r} cannot be packed; "

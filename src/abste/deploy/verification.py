@@ -222,7 +222,8 @@ def verify(
     graph = abste_format.read(data.data)
     network = Network(data, "the packed network")
     found = Verification(source)
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BINARY_LAYERS)}
+    named = model.named_modules(remove_duplicate=False)  # a layer may go by several names
+    layers = {name: layer for name, layer in named if isinstance(layer, BINARY_LAYERS)}
     for node in graph.nodes:
         if node.op in (Op.SIGN_CONV, Op.XNOR) and node.name in layers:
             _compare_weights(node, layers[node.name], found)
@@ -268,25 +269,27 @@ def _compare(
     reference_images: int,
     threads: int | None,
 ) -> None:
-    seen: dict[str, list[Tensor]] = {}  # a layer may be called several times
+    seen: dict[nn.Module, list[Tensor]] = {}  # a layer may be called several times
     signs: dict[int, tuple[Tensor, int, Tensor]] = {}  # what sign modules give, by its memory, and what they take
 
-    def note(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        signs[output.untyped_storage().data_ptr()] = output, output._version, args[0].detach()
+    def taken_in(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Tensor:
+        return (args[0] if args else kwargs["input"]).detach()
 
-    def keep(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach()
-            output, version, before = signs.get(x.untyped_storage().data_ptr(), (x, x._version, x))
-            # How far from zero a number lies can only be seen before its sign is taken.
-            x = before.reshape(x.shape) if output._version == version and output.numel() == x.numel() else x
-            seen.setdefault(name, []).append(x)
+    def note(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
+        signs[output.untyped_storage().data_ptr()] = output, output._version, taken_in(args, kwargs)
 
-        return hook
+    def keep(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        x = taken_in(args, kwargs)
+        output, version, before = signs.get(x.untyped_storage().data_ptr(), (x, x._version, x))
+        # How far from zero a number lies can only be seen before its sign is taken.
+        x = before.reshape(x.shape) if output._version == version and output.numel() == x.numel() else x
+        seen.setdefault(layer, []).append(x)
 
     nodes = [(number, node) for number, node in enumerate(graph.nodes) if node.op is Op.XNOR and node.name in layers]
-    handles = [layers[name].register_forward_pre_hook(keep(name)) for name in {node.name for _, node in nodes}]
-    handles += [m.register_forward_hook(note) for m in model.modules() if isinstance(m, BinaryActivation)]
+    watched = {layers[node.name]: node.name for _, node in nodes}
+    handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in watched]
+    activations = [module for module in model.modules() if isinstance(module, BinaryActivation)]
+    handles += [module.register_forward_hook(note, with_kwargs=True) for module in activations]
     try:
         with torch.no_grad():
             results = [output.float().numpy() for output in tree_leaves(model(images)) if isinstance(output, Tensor)]
@@ -299,10 +302,10 @@ def _compare(
     written, wanted_shapes = [value.shape for value in network.outputs], [result.shape[1:] for result in results]
     if written != wanted_shapes:
         found.differs("output", _listed(written), _listed(wanted_shapes))
-    calls = Counter(node.name for _, node in nodes)
-    for name, count in calls.items():
-        if count > len(seen.get(name, ())):
-            found.differs(f"{name}, calls", count, len(seen.get(name, ())))
+    calls = Counter(layers[node.name] for _, node in nodes)
+    for layer, count in calls.items():
+        if count > len(seen.get(layer, ())):
+            found.differs(f"{watched[layer]}, calls", count, len(seen.get(layer, ())))
     if found.unlike:
         return
     inputs = np.ascontiguousarray(images.numpy())
@@ -316,7 +319,7 @@ def _compare(
     for position, (_, node) in enumerate(nodes):
         layer = layers[node.name]
         bits = torch.from_numpy(np.moveaxis(traced[len(nodes) + position], -1, 1) >= 0)
-        before = seen[node.name].pop(0)
+        before = _taken(seen[layer], bits)
         if bits.numel() != before.numel():
             found.differs(f"{node.name}, input", tuple(bits.shape[1:]), tuple(before.shape[1:]))
             return
@@ -369,6 +372,19 @@ def _compare(
     if few > 0:
         _compare_reference(graph, network, inputs[:few], found)
     found.images += n
+
+
+def _taken(calls: list[Tensor], bits: Tensor) -> Tensor:
+    """Which of a layer's calls had these bits for its input, as near as can be; it is taken out of the list.
+
+    Calls of a layer with several can run in another order in the file, and those that lead to nothing are not in it.
+    """
+
+    def unlike(number: int) -> float:
+        same_size = calls[number].numel() == bits.numel()
+        return int((bits.reshape(calls[number].shape) != (calls[number] >= 0)).sum()) if same_size else np.inf
+
+    return calls.pop(min(range(len(calls)), key=unlike) if len(calls) > 1 else 0)
 
 
 def _compare_reference(graph: Graph, network: Network, inputs: Array, found: Verification) -> None:

@@ -44,8 +44,12 @@ def describe(network: Network) -> str:
     facts += [(key, value) for key, value in network.metadata.items() if isinstance(value, str | int | float)]
     width = max(len(key) for key, _ in facts)
     lines += ["", *(f"{key:{width}}  {value}" for key, value in facts)]
-    # Names come from the file: what a terminal would obey rather than show is replaced.
-    return "\n".join("".join(char if char.isprintable() else "\ufffd" for char in line) for line in lines)
+    return "\n".join(map(printable, lines))
+
+
+def printable(line: str) -> str:
+    """A line with names of a file in it; what a terminal would obey rather than show is replaced."""
+    return "".join(char if char.isprintable() else "\ufffd" for char in line)
 
 
 def _short(step: str, node: str) -> str:

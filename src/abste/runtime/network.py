@@ -32,6 +32,9 @@ _INT8: dict[str | None, int] = {
     "all": _native.INT8_STEM | _native.INT8_FLOAT | _native.INT8_BINARY,
 }
 
+_LINEAR, _THRESHOLD = (0, 1, 2), 15
+"""Kinds of steps (docs/format.md): those that multiply or add a number per channel, and a bound on sums."""
+
 MAX_ARENA = 2**30
 """Bytes of working memory beyond which :func:`load` refuses a file."""
 
@@ -62,7 +65,8 @@ class NodeInfo(NamedTuple):
         name: the module it came from.
         operation: its name in docs/format.md.
         shape: of its output, without the batch: (C, H, W), (C, W) or (C,).
-        steps: the modules whose outputs stand after its steps; "" for a step in the middle of one.
+        steps: the modules whose outputs stand after its steps; "" for a step in the middle of one. That of a threshold,
+            which gives signs, is the last module that went into it.
         weight_bits: 1, 16 or 32; 0 where it has no weights.
         weights: how many.
         macs: multiply-accumulates for one image, padding included.
@@ -115,7 +119,7 @@ class Network:
             self._model = _native.Model(data)
         except ValueError as error:
             raise FormatError(f"{name}: {error}") from None
-        if int8 not in _INT8:
+        if not isinstance(int8, str | None) or int8 not in _INT8:
             raise ConfigError(f"int8={int8!r}; {nearest(str(int8), [key for key in _INT8 if key])}")
         self.isa = _chosen(isa)
         self.int8 = int8
@@ -146,11 +150,15 @@ class Network:
         self._outputs = [_Tensor(*value) for value in self._model.outputs]
         self.inputs = tuple(value.info() for value in self._inputs)
         self.outputs = tuple(value.info() for value in self._outputs)
-        self._written = []
+        self._written, self._sums, self._scaled, self._decided = [], [], [], []
         nodes = []
-        for node_name, operation, value, steps, bits, weights, macs, _, input_bits in records:
+        for node_name, operation, value, steps, bits, weights, macs, _, input_bits, first, rank in records:
             self._written.append(_Tensor(*value))
             shape = self._written[-1].info().shape
+            # A later step may drop the spatial dimensions of a single pixel, which the sums still have.
+            self._sums.append(self._written[-1] if operation == "flatten" else self._written[-1]._replace(rank=rank))
+            self._scaled.append(weights > 0 and operation != "xnor" and first in _LINEAR)
+            self._decided.append(first == _THRESHOLD)
             nodes.append(NodeInfo(node_name, operation, shape, steps, bits, weights, macs, input_bits))
         self.nodes = tuple(nodes)
         numbers = self._model.normalization
@@ -217,7 +225,8 @@ class Network:
             return result
         found = {}
         for name, buffer in zip(names, buffers, strict=True):
-            value = self._written[self._point(name)[0]]
+            node, point = self._point(name)
+            value = (self._sums if point < 0 else self._written)[node]
             if layout == "nchw":
                 buffer = np.ascontiguousarray(np.moveaxis(buffer, -1, 1))
             found[name] = buffer.reshape(len(buffer), *value.shape(layout))
@@ -281,7 +290,9 @@ class Network:
 
     def intermediates(self) -> list[str]:
         """The names that ``intermediates`` accepts."""
-        names = [name for node in self.nodes for name in (node.name, *node.steps)]
+        names = []
+        for node, scaled, decided in zip(self.nodes, self._scaled, self._decided, strict=True):
+            names += [*([] if scaled else [node.name]), *([] if decided else node.steps)]
         return list(dict.fromkeys(name for name in names if name))
 
     def _point(self, name: str) -> tuple[int, int]:
@@ -291,10 +302,11 @@ class Network:
                 return number, -1
         for number, node in reversed(list(enumerate(self.nodes))):
             for step in reversed(range(len(node.steps))):
-                if node.steps[step] == name:
+                if node.steps[step] == name and not self._decided[number]:
                     return number, step
-        for number, node in enumerate(self.nodes):
-            if node.name == name:
+        # The last node of a module of several. Of a layer with a bias, or a scale, the sums are not yet what it gives.
+        for number, node in reversed(list(enumerate(self.nodes))):
+            if node.name == name and not self._scaled[number]:
                 return number, -1
         raise ConfigError(
             f"no output of {name!r} stands anywhere in this network (it may be folded into another); "
