@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("page", ["estimators", "results", "study"])
+@pytest.mark.parametrize("page", ["estimators", "recipe", "results", "study"])
 def test_generated_pages_are_current(page: str, repo_root: Path) -> None:
     script = str(repo_root / "docs" / f"{page}.py")
     done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, timeout=120)

@@ -100,6 +100,7 @@ class DataSection(Section):
     """
 
     name: str = "cifar10"
+    """``cifar10``, ``digits``, ``folder`` or ``shards``: docs/data.md."""
     image_shape: Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=3, max_length=3)] = [3, 32, 32]
     """Channels, height, width; checked against the data set."""
     classes: Annotated[int, Field(gt=0)] | None = None
@@ -108,10 +109,13 @@ class DataSection(Section):
     """Images of the training set held out, the same for every seed; then every evaluation is on them, none on the test
     set. 0 by default; of files that have one split alone, a fifth."""
     crop_padding: Count = 0
+    """Width of the border that is added before a crop of the image's size is taken at a random place."""
     crop_fill: Literal["reflect", "zero"] | None = None
     """What the crop's padding is: the image mirrored (by default), or black pixels, before normalisation."""
     flip: Annotated[Literal["none", "random", "alternating"], BeforeValidator(_none_is_a_word)] = "none"
+    """Mirror images: each at random, or each in every other epoch."""
     cutout: Count = 0
+    """Side of the square at a random place that is set to the mean."""
     statistics: Literal["dataset", "imagenet"] | None = None
     """Mean and standard deviation to normalise with, in training, evaluation and exports: of the data set's training
     pixels (by default), or ImageNet's."""
@@ -170,32 +174,51 @@ class ModelSection(Section):
     """A network of ``abste.models`` and its arguments; classes and channels come from ``[data]`` unless given."""
 
     name: str = "resnet20"
+    """One of ``abste.models.available()``: docs/models.md."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of its builder, such as ``width``, ``init`` and ``order``."""
 
 
 class BinarizeSection(Section):
     """Arguments of ``abste.convert``, with its defaults; without this section the network stays float."""
 
     weights: Spec = None
+    """Estimator of the weights: docs/estimators.md. Absent: float."""
     activations: Spec = None
+    """Estimator of the activations. Absent: float."""
     keep_float: list[str] = Field(default_factory=list)
+    """Names of layers that stay float; ``*`` stands for anything."""
     keep_first: bool = True
+    """The first layer stays float."""
     keep_last: bool = True
+    """The last layer stays float."""
     keep_projections: bool = True
+    """1x1 projections of shortcuts stay float."""
     unsigned_inputs: Literal["error", "keep_float", "weights_only", "batch_norm"] = "error"
+    """What to do about a layer whose binary input would never be negative: stop, leave it float, leave its activations
+    float, or put a batch norm before it."""
     standardize: Annotated[Any, AfterValidator(_check_transform)] = True
     """True, false, the name of a transform of the latents (``"recu"``), or a table with its name and arguments."""
     normalize: bool = True
+    """Take the slope of ``activations`` at the input divided by its running RMS."""
     scale: Annotated[Literal["channel", "tensor", "std", "learned", "none"], BeforeValidator(_none_is_a_word)] = (
         "channel"
     )
+    """What multiplies the ±1 weights: the mean size of the latents of an output channel or of the tensor, the standard
+    deviation of an output channel, a parameter of each, or nothing."""
     scale_gradient: bool = False
+    """Let gradients flow through ``scale`` to the latents."""
     center: Literal["mean", "learned"] | None = None
+    """What is added to the ±1 weights of a filter."""
     pad_value: Literal[-1, 0, 1] = 0
+    """What binary activations are padded with; ±1 keeps them one bit wide."""
     # None rather than the default: what a recipe leaves out is not written, so that older runs still resume.
     keep_depthwise: bool | None = None
+    """Depthwise convolutions stay float; true by default."""
     adaptive_set: bool | None = None
+    """AdaBin's two learned values for binary activations; false by default."""
     gradient_branch: Annotated[float, Field(ge=0)] | None = None
+    """SURGE's branch, with this share; none by default."""
 
     @model_validator(mode="after")
     def _something_to_do(self) -> BinarizeSection:
@@ -240,6 +263,7 @@ class OptimizerSection(Section):
     lr: Annotated[float, Field(gt=0)] = 0.1
     """The peak learning rate, of the mean loss over a global batch."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Of sgd."""
     nesterov: bool = True
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
@@ -249,7 +273,9 @@ class OptimizerSection(Section):
     latent_lr: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate of the latent weights; by default ``lr``. Of muon: of all that it trains."""
     latent_weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """Of the latent weights; by default ``weight_decay``."""
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    """Largest norm of all gradients together; larger ones are scaled down to it."""
     rest: Literal["sgd", "adam", "adamw"] | None = None
     """What trains all but the latents; by default sgd beside muon, and adamw beside bop, with ``lr``."""
     muon_momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
@@ -316,6 +342,7 @@ class ScheduleSection(Section):
     """The learning rate as a pure function of the optimizer step, as a factor of its peak."""
 
     shape: Literal["linear", "cosine", "constant"] = "linear"
+    """How the rate falls after its peak."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Part of the run during which the rate rises linearly to its peak."""
     final: Fraction = 0.0
@@ -327,6 +354,7 @@ class TrainSection(Section):
 
     epochs: Annotated[int, Field(gt=0)] = 30
     batch_size: Annotated[int, Field(gt=0)] = 256
+    """Images of an optimizer step."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     """Of training; evaluation is always float32."""
@@ -373,6 +401,7 @@ class AverageSection(Section):
     """Weight averaging; the averaged network is evaluated after batch-norm recalibration, beside the plain one."""
 
     method: Literal["ema", "swa"] = "ema"
+    """Exponential, or the plain mean."""
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
     """Of ema, per update; swa is the plain mean."""
     start: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -415,6 +444,7 @@ class Recipe(Section):
     name: str = "unnamed"
     description: str = ""
     notes: str | None = None
+    """What a reader should know, such as how it differs from what it follows."""
     init: str | None = None
     """Directory of a run whose weights this one starts from; ``averaged.safetensors`` in it for the averaged ones."""
     data: DataSection = Field(default_factory=DataSection)
