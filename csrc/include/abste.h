@@ -121,11 +121,11 @@ typedef struct {
 
 /* A node: the module it came from, the operation, and sizes. `weight_bits` is 1, 16, 32 or 0; `weight_count` counts weights;
  * `input_bits` is 1 or 32, or 8 after an abste_pack that said so; `macs` are multiply-accumulates for one image, padding included;
- * `work` are those, or the numbers that a window of a pool reads, or the numbers written: a measure of how long it takes. `in` is the
- * value it reads (of two, the first) and `out` the one it writes (its float one if both). */
+ * `work` are those, or the numbers that a window of a pool reads, or the numbers written: a measure of how long it takes. `out` is the
+ * value it writes (its float one if both). */
 typedef struct {
     const char *name, *operation;
-    uint32_t in, out, step_count, weight_bits, weight_count, input_bits;
+    uint32_t out, step_count, weight_bits, weight_count, input_bits;
     uint64_t macs, work;
 } abste_node_info;
 

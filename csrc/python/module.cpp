@@ -223,20 +223,18 @@ class Model {
     }
 
     // (name, operation, shape of what it writes, names of its steps, bits of a weight, weights, macs, work, bits of an input,
-    // kind of its first step or -1, rank of what it reads)
+    // kind of its first step or -1)
     nb::list nodes() const {
         nb::list list;
         for (uint32_t i = 0; i < abste_node_count(&model_); ++i) {
             abste_node_info info;
-            abste_value_info in;
             abste_node(&model_, i, &info);
-            abste_value(&model_, info.in, &in);
             nb::list steps;
             for (uint32_t step = 0; step < info.step_count; ++step)
                 steps.append(text(abste_step_name(&model_, i, step)));
             list.append(nb::make_tuple(text(info.name), nb::str(info.operation), value(info.out), nb::tuple(steps),
                                        info.weight_bits, info.weight_count, info.macs, info.work, info.input_bits,
-                                       abste_step_kind(&model_, i, 0), in.rank));
+                                       abste_step_kind(&model_, i, 0)));
         }
         return list;
     }

@@ -489,7 +489,6 @@ int abste_node(const abste_model *model, uint32_t i, abste_node_info *info) {
     const abste_value_record *out = written_by(model, node);
     info->name = string(model, node->name);
     info->operation = names[node->op];
-    info->in = node->in0;
     info->out = node->out != ABSTE_NONE ? node->out : node->bits;
     info->step_count = node->step_count;
     info->input_bits = value_at(model, node->in0)->kind == ABSTE_BITS ? 1 : abste_int8(model, model->int8, node) ? 8 : 32;

@@ -35,7 +35,7 @@ _EXTRA = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and give its exit status: 0, 2 for an error of the user's, 130 and 143 after a signal."""
     for stream in (sys.stdout, sys.stderr):  # a name of a class must not fail where the output has no such letter
-        if isinstance(stream, io.TextIOWrapper):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
     arguments, unknown = _parser().parse_known_args(argv)
     if unknown:

@@ -228,7 +228,7 @@ def test_labels_are_numbers_or_names(
     members = {}
     for i, label in enumerate(labels):
         members |= {f"deep/{i}.JPG": jpeg(i), f"deep/{i}.cls": label.encode(), f"deep/{i}.json": b"{}"}
-        members[f"deep/{i}.mask.png"] = b""  # what else belongs to the image
+        members |= {f"deep/{i}.mask.png": b"", f"thumbs/{i}.small.jpg": b""}  # what else there may be
     pack(tmp_path / "0.tar", members)
     if names is not None:
         (tmp_path / "classes.txt").write_text(names)
@@ -248,7 +248,7 @@ GOOD = {"a.jpg": jpeg(0), "a.cls": b"0", "b.jpg": jpeg(1), "b.cls": b"1"}
         (
             {**GOOD, "c.2024.jpg": b"", "c.2024.cls": b"1"},
             None,
-            "0.tar has 'c.2024.jpg', but keys end at the first dot of a name: rename it, or pack",
+            "0.tar has the label 'c.2024.cls', but keys end at the first dot of a name: rename it and its image",
         ),
         ({**GOOD, "a.jpg#": b""}, None, "0.tar has two images of the key 'a'; keys must differ"),
         ({**GOOD, "a.png": b""}, None, "0.tar has two images of the key 'a'; keys must differ"),

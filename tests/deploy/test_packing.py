@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import re
 import resource
 import subprocess
@@ -111,16 +112,40 @@ class Functional(nn.Module):
         return nn.functional.conv2d(x, self.kernel)
 
 
-@pytest.mark.parametrize("make", [lambda: Standardised(3, 4, 3), Functional])
-def test_half_precision_leaves_weights_that_are_computed(make: Any, tmp_path: Path) -> None:
+class Borrowed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.conv2d(x, self.conv.weight, self.conv.bias)
+
+
+@pytest.mark.parametrize(
+    ("make", "half"), [(lambda: Standardised(3, 4, 3), False), (Functional, False), (Borrowed, True)]
+)
+def test_half_precision_leaves_weights_that_are_computed(make: Any, half: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     layer = nn.Conv2d(4, 4, 1)
     model = nn.Sequential(make(), nn.ReLU(), layer, layer, nn.Flatten()).eval()
-    export(model, tmp_path / "net.abste", EXAMPLE, float16=True)
+    exported = export(
+        model, tmp_path / "net.abste", EXAMPLE, float16=True, kept_float={"0": "so", "2": "it is", "3": "it is"}
+    )
     file = (tmp_path / "net.abste").read_bytes()
     weights = [node.weight for node in abste_format.read(file).nodes if node.weight is not None]
-    assert [weight.dtype for weight in weights] == [np.float32, np.float16, np.float16]
+    assert [weight.dtype for weight in weights] == [np.float16 if half else np.float32, np.float16, np.float16]
     assert all(check.passed for check in verify_file(model, file, EXAMPLE, float16=True))
+    first, *others = [layer.why for layer in exported.report.layers]
+    assert first.endswith(", float16") == half and others == ["it is, float16"] * 2
+
+
+def test_half_precision_changes_no_model_in_training(tmp_path: Path) -> None:
+    """Reading this weight in training changes it."""
+    convolution = parametrizations.spectral_norm(nn.Conv2d(3, 8, 3))
+    model = nn.Sequential(convolution, nn.Flatten(), nn.Linear(8 * 36, 5)).train()
+    before = copy.deepcopy(model.state_dict())
+    export(model, tmp_path / "net.abste", EXAMPLE, float16=True)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
 class Doubled(abste.nn.BinaryConv2d):
@@ -132,9 +157,13 @@ def test_binary_layers_with_hooks_and_forwards_of_their_own(tmp_path: Path) -> N
     torch.manual_seed(0)
     layer = abste.nn.BinaryConv2d(3, 4, 3, weights="ste", activations="ste")
     model = nn.Sequential(layer, nn.Flatten()).eval()
-    layer.register_forward_hook(lambda _, __, output: 3 * output)
-    layer.register_forward_pre_hook(lambda _, inputs: (inputs[0] - 0.5,))
+    seen: list[float] = []
+    watching = layer.register_forward_hook(lambda module, _, output: seen.append(float(output.mean())))
     export(model, tmp_path / "net.abste", EXAMPLE)  # which verifies
+    watching.remove()
+    layer.register_forward_hook(lambda _, __, output: 3 * output)
+    with pytest.raises(ConversionError, match=r"was not written \(0 has hooks, which are not packed: remove them"):
+        export(model, tmp_path / "net.abste", EXAMPLE)
     model = nn.Sequential(Doubled(3, 4, 3, weights="ste"), nn.Flatten()).eval()
     with pytest.raises(ConversionError, match=r"^0: Doubled has a forward of its own .* use BinaryConv2d itself"):
         lower(model, EXAMPLE)

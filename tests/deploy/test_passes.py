@@ -379,13 +379,10 @@ def test_values_are_numbered_as_they_are_written() -> None:
     assert graph.nodes[1].steps[0].value == 4  # the graph itself stays
 
 
-def test_half_precision_is_for_weights_that_fit() -> None:
-    fits, large = np.full((1, 1, 3, 3), 0.1, np.float32), np.full((1, 1, 3, 3), 1e5, np.float32)
+def test_half_precision_is_for_weights_that_it_holds() -> None:
+    weights = [np.full((1, 1, 3, 3), number, np.float32) for number in (0.125, 0.1, 1e5)]
     signs = np.ones((3, 1, 1, 3), bool)
-    nodes = [
-        Node(Op.CONV, (0,), 1, weight=fits),
-        Node(Op.CONV, (0,), 2, weight=large),
-        Node(Op.SIGN_CONV, (0,), 3, weight=signs),
-    ]
-    to_half(small(nodes, "ffff", (1, 2, 3)), ["", "other"])
-    assert [node.weight.dtype for node in nodes] == [np.float16, np.float32, bool]  # type: ignore[union-attr]
+    nodes = [Node(Op.CONV, (0,), 1 + number, weight=weight) for number, weight in enumerate(weights)]
+    nodes.append(Node(Op.SIGN_CONV, (0,), 4, weight=signs))
+    to_half(small(nodes, "fffff", (1, 2, 3, 4)))
+    assert [node.weight.dtype for node in nodes] == [np.float16, np.float32, np.float32, bool]  # type: ignore[union-attr]

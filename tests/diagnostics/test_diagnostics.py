@@ -491,8 +491,8 @@ def test_scaled_gradients() -> None:
     assert records[0] == records[1]  # a power of two changes no digit
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_steps_that_a_scaler_leaves_out_are_not_counted(compiled: bool) -> None:
+@pytest.mark.parametrize(("compiled", "fused"), [(False, False), (True, False), (False, True)])
+def test_steps_that_a_scaler_leaves_out_are_not_counted(compiled: bool, fused: bool) -> None:
     """The record of a step after some that overflowed is that of the step alone."""
     start, (images, labels) = net(), batches(1)[0]
     start[4] = nn.Identity()
@@ -504,7 +504,7 @@ def test_steps_that_a_scaler_leaves_out_are_not_counted(compiled: bool) -> None:
     passes = []
     for size in (2.0**10, 2.0**127):
         model: nn.Module = copy.deepcopy(start)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused and size > 2**10)
         scaler = torch.amp.GradScaler("cpu", init_scale=size, backoff_factor=2.0**-40)
         called: nn.Module = torch.compile(model, backend="eager") if compiled else model  # type: ignore[assignment]
         found: list[Record] = []
@@ -520,6 +520,12 @@ def test_steps_that_a_scaler_leaves_out_are_not_counted(compiled: bool) -> None:
         passes.append(count)
     assert passes[0] == 1 < passes[1]
     assert records[0]["layers"]["2"]["activations"]["count"] == 16 * 8 * 64
+    assert records[1]["step"] == (passes[1] if fused else 1)
+    for record in records:
+        record["step"] = record["steps"] = record["total"]["weights"]["drift"] = None
+        for entry in record["layers"].values():
+            if entry["weights"] is not None:
+                entry["weights"]["drift"] = None  # per step
     assert records[0] == records[1]
 
 

@@ -24,8 +24,10 @@ def test_an_equilibrium_goes_where_its_state_is_assigned() -> None:
     source(x).sum().backward()
     EstimatorSchedule(source, 4).step()
     layer = abste.nn.BinaryLinear(6, 4, weights=spec, device="meta")
-    schedule = EstimatorSchedule(layer, 4)
-    layer.load_state_dict(source.state_dict(), assign=True)
+    idle = abste.nn.BinaryLinear(6, 4, weights=spec, device="meta")
+    schedule = EstimatorSchedule(nn.ModuleList([layer, idle]), 4)
+    for each in (layer, idle):
+        each.load_state_dict(source.state_dict(), assign=True)
     for each in (source, layer):
         each.zero_grad()
         each(x).square().sum().backward()

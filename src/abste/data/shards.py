@@ -137,7 +137,7 @@ def _scan(where: Path, shards: list[str]) -> _Index:
                         if key in labels:
                             raise DataError(f"Shard {path} has two labels of the key '{key}'; keys must differ.")
                         labels[key] = _label(shard, member)
-                    elif extension.endswith(EXTENSIONS):  # a mask, perhaps, beside the image of this key
+                    elif extension.endswith(".cls"):
                         dotted[key] = member.name
         except (tarfile.TarError, EOFError) as error:
             raise DataError(
@@ -145,10 +145,10 @@ def _scan(where: Path, shards: list[str]) -> _Index:
                 "copy or pack it anew."
             ) from error
         for key in dotted:
-            if key not in images:
+            if key not in labels:
                 raise DataError(
-                    f"Shard {path} has '{dotted[key]}', but keys end at the first dot of a name: "
-                    "rename it, or pack the images with write_shards."
+                    f"Shard {path} has the label '{dotted[key]}', but keys end at the first dot of a name: rename it "
+                    "and its image, or pack them with write_shards."
                 )
         for key in images:
             if key not in labels:

@@ -16,7 +16,7 @@ from abste.deploy.graph import Graph, Node, Op, StepKind
 from abste.deploy.operations import HANDLERS
 from abste.deploy.passes import simplify, to_half
 from abste.deploy.plan import plan
-from abste.deploy.twins import with_twins
+from abste.deploy.twins import float_copy, round_to_half, with_twins
 from abste.deploy.walk import BATCH, Walk
 from abste.errors import ConversionError
 from abste.nn.branch import GradientBranch
@@ -101,8 +101,8 @@ def lower(
         classes: names of the classes.
         normalization: mean and standard deviation per channel of the input, of pixels between 0 and 1.
         metadata: what else the file shall say of itself, as JSON types.
-        float16: store the weights of float layers in half precision, but for those that a layer computes anew in each
-            call.
+        float16: round the weights of float layers to half precision, and store what that holds exactly in it: not
+            weights that a layer computes from its own in each call.
 
     Raises:
         ConversionError: an operation, or a use of one, that the graph does not know: names the module, the operation,
@@ -122,7 +122,10 @@ def lower(
     check_metadata(metadata)
     names = None if classes is None else _names(classes)
     example = torch.zeros(BATCH, *example_input.shape[1:])
-    replaced = with_twins(model)
+    source = float_copy(model)
+    if float16:
+        round_to_half(source)
+    replaced = with_twins(source)
     try:
         with torch.no_grad():
             replaced(example)
@@ -154,7 +157,7 @@ def lower(
     simplify(graph)
     _order_outputs(graph, walk.results)
     if float16:
-        to_half(graph, own_weights(model, graph))
+        to_half(graph)
     graph = plan(graph)
     return Lowered(graph, _report(model, graph))
 
@@ -188,26 +191,6 @@ def _names(classes: Any) -> tuple[str, ...]:
     except (TypeError, UnicodeEncodeError) as error:
         raise ConversionError(f"classes must be a sequence of names, each of them a str: {error}.") from error
     return names
-
-
-def own_weights(model: nn.Module, graph: Graph) -> set[str]:
-    """Names of the float layers that compute with their own weight as it is, or with that in half precision.
-
-    A module may compute another from it in each call, or hold a parameter for a function of torch. Rounding that in the
-    model is not rounding what the graph holds.
-    """
-    layers = dict(model.named_modules(remove_duplicate=False))
-    own: dict[str, bool] = {}
-    for node in graph.nodes:
-        layer = layers.get(node.name)
-        if node.op is Op.CONV and node.weight is not None and isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Linear):
-            weight = layer.weight.detach().float().cpu()
-            packed = torch.from_numpy(node.weight).permute(3, 2, 0, 1)
-            same = weight.numel() == packed.numel() and torch.equal(
-                weight.to(packed.dtype).reshape(packed.shape), packed
-            )
-            own[node.name] = own.get(node.name, True) and same
-    return {name for name, same in own.items() if same}
 
 
 def _order_outputs(graph: Graph, results: list[int]) -> None:

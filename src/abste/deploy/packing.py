@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 from abste.deploy import format as abste_format
 from abste.deploy.graph import Graph
-from abste.deploy.lowering import PackReport, check_metadata, lower, own_weights
-from abste.deploy.twins import float_copy, hook_remedy
+from abste.deploy.lowering import PackReport, check_metadata, lower
+from abste.deploy.twins import TWINNED, float_copy, round_to_half
 from abste.deploy.verification import Constants, Verification, compare_constants, random_batches, verify
 from abste.errors import ConversionError
 from abste.runtime.network import Int8, Network
@@ -117,8 +116,8 @@ def export(
         classes: names of the classes.
         normalization: mean and standard deviation per channel, of pixels between 0 and 1.
         metadata: what else the file shall say of itself, as JSON types.
-        float16: store the weights of float layers in half precision, but for those that a layer computes anew in each
-            call.
+        float16: round the weights of float layers to half precision, and store what that holds exactly in it: not
+            weights that a layer computes from its own in each call.
         data: (what it is, batches of images and labels) to verify on, besides random images. Images are float32,
             normalised as in training; labels may be None. It is gone through more than once, as a DataLoader can be.
         kept_float: why layers stayed float, by name: ``ConversionReport.kept_float`` of :func:`abste.convert`.
@@ -148,19 +147,26 @@ def export(
     )
     for layer in lowered.report.layers:
         if layer.packed == "float" and layer.name in (kept_float or {}):
-            layer.why = (kept_float or {})[layer.name] + (", float16" if float16 else "")
+            layer.why = (kept_float or {})[layer.name] + (", float16" if layer.nbytes < 4 * layer.weights else "")
     file = abste_format.write(lowered.graph)
     checks = verify_file(model, file, example_input, float16=float16, data=data, graph=lowered.graph)
     for check in checks:
         if not check.passed:
-            raise ConversionError(f"the packed network is not the model, and was not written:\n{check}")
+            raise ConversionError(f"the packed network is not the model, and was not written{_hooked(model)}:\n{check}")
     rounding = []
     if float16:
         noise = "Gaussian noise", random_batches(tuple(example_input.shape[1:]))
-        halved = _halved(model, lowered.graph)
-        rounding = [_rounding(model, halved, *source) for source in (noise, data) if source is not None]
+        rounding = [_rounding(model, *source) for source in (noise, data) if source is not None]
     write_atomic(path, file)
     return Export(lowered.report, checks, len(file), rounding)
+
+
+def _hooked(model: nn.Module) -> str:
+    """What may be why a packed network is not the model."""
+    for name, module in model.named_modules():
+        if isinstance(module, TWINNED) and (module._forward_hooks or module._forward_pre_hooks):
+            return f" ({name or 'the model'} has hooks, which are not packed: remove them, or make modules of them)"
+    return ""
 
 
 def verify_file(
@@ -192,7 +198,7 @@ def verify_file(
     if graph is None:
         graph = lower(model, example_input, float16=float16).graph
     if float16:
-        round_to_half(model, _halved(model, graph))
+        round_to_half(model)
     checks: list[Check] = [compare_constants(abste_format.read(np.frombuffer(file, np.uint8).data), graph)]
     noise = verify(model, file, random_batches(tuple(example_input.shape[1:])), "Gaussian noise")
     checks.append(noise)
@@ -207,38 +213,6 @@ def verify_file(
         exact, eight = (Network(packed, "the file", int8=chosen) for chosen in (None, int8))
         checks.append(compare_logits(f"int8={int8!r}", source, exact, eight, batches))
     return checks
-
-
-class _Half(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.half().float()
-
-
-def _halved(model: nn.Module, graph: Graph) -> set[str]:
-    """Names of the layers whose weights are in half precision, rounded from what they are in the model."""
-    half = {node.name for node in graph.nodes if node.weight is not None and node.weight.dtype == np.float16}
-    return half & own_weights(model, graph)
-
-
-@torch.no_grad()
-def round_to_half(model: nn.Module, names: Collection[str]) -> None:
-    """Round what a file in half precision rounds: the weights of the layers of these names, in place.
-
-    Raises:
-        ConversionError: a hook computes a weight anew in each call.
-    """
-    modules = {module: name for name, module in model.named_modules(remove_duplicate=False) if name in names}
-    for module, name in modules.items():
-        if remedy := hook_remedy(module, "weight"):
-            raise ConversionError(
-                f"{name or 'the model'}: its weight is computed by a hook in each call, and cannot be rounded "
-                f"to half precision; {remedy} first."
-            )
-        if parametrize.is_parametrized(module, "weight"):
-            # One more, behind the others: to remove these would take them from the model's other copies, too.
-            parametrize.register_parametrization(module, "weight", _Half(), unsafe=True)
-        else:
-            module.weight.copy_(_Half()(module.weight))
 
 
 @torch.no_grad()
@@ -266,8 +240,8 @@ def compare_logits(what: str, source: str, before: Logits, after: Logits, batche
     return found
 
 
-def _rounding(model: nn.Module, halved: Collection[str], source: str, batches: Iterable[Batch]) -> Rounding:
+def _rounding(model: nn.Module, source: str, batches: Iterable[Batch]) -> Rounding:
     """Compare a model with itself, its float weights rounded to half precision."""
     before, after = float_copy(model), float_copy(model)
-    round_to_half(after, halved)
+    round_to_half(after)
     return compare_logits("half precision", source, before, after, batches)

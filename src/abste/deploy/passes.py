@@ -65,8 +65,8 @@ def merge_linear(steps: list[Step], names: Collection[str] = (), node: Node | No
 
     Args:
         steps: of a node.
-        names: of all nodes. A step of such a name stays: where it was gone, the node would be taken for the module's
-            output. Only the scale and bias of a layer are gone for good, which shows at the node.
+        names: of all nodes. A step of such a name stays: where it was gone, the node's sums would be taken for the
+            module's output. But those of a layer with binary weights never are.
         node: whose steps they are.
     """
     merged: list[Step] = []
@@ -74,8 +74,8 @@ def merge_linear(steps: list[Step], names: Collection[str] = (), node: Node | No
         if not (merged and step.kind in _LINEAR and merged[-1].kind in _LINEAR):
             merged.append(step)
             continue
-        layer = len(merged) == 1 and node is not None and node.weight is not None and merged[0].name == node.name
-        if merged[-1].name in names and not layer:
+        binary = node is not None and node.op in (Op.SIGN_CONV, Op.XNOR) and merged[-1].name == node.name
+        if merged[-1].name in names and not binary:
             merged.append(step)
             continue
         a1, b1 = _coefficients(merged[-1])
@@ -158,12 +158,12 @@ def to_threshold(graph: Graph, node: Node) -> None:
     node.steps = [Step(StepKind.THRESHOLD, name, pairs)]
 
 
-def to_half(graph: Graph, names: Collection[str]) -> None:
-    """Store weights of float convolutions in half precision: those of these names, where they fit, and exact ones."""
+def to_half(graph: Graph) -> None:
+    """Store the weights of float convolutions in half precision that it holds exactly."""
     for node in graph.nodes:
         if node.op is Op.CONV and node.weight is not None and np.abs(node.weight).max(initial=0) < 65504:
             half = node.weight.astype(np.float16)
-            if node.name in names or (half == node.weight).all():
+            if (half == node.weight).all():
                 node.weight = half
 
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from abste.errors import ConversionError
 from abste.nn.layers import BINARY_LAYERS, BinaryActivation
@@ -218,28 +219,14 @@ class _Border(nn.Module):
         return y + convolve(count, self.spread) * self.center
 
 
-_TWINNED = (*BINARY_LAYERS, BinaryActivation, AdaptiveSet)
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-)
+TWINNED = (*BINARY_LAYERS, BinaryActivation, AdaptiveSet)
+"""What gets a twin. Its hooks do not: most observe, and would see another module."""
 
 
 def _twin(module: nn.Module) -> nn.Module:
-    """The twin of a module, with its hooks, but for those of torch that compute a parameter anew in each call."""
-    twin: nn.Module
     if isinstance(module, BinaryActivation):
-        twin = _Sign()
-    else:
-        twin = _Set(module) if isinstance(module, AdaptiveSet) else _Layer(module)
-    computing = {key for key, hook in module._forward_pre_hooks.items() if _remover(hook)}
-    for table in _HOOKS:
-        hooks = {key: hook for key, hook in getattr(module, table).items() if key not in computing}
-        getattr(twin, table).update(hooks)
-    return twin
+        return _Sign()
+    return _Set(module) if isinstance(module, AdaptiveSet) else _Layer(module)
 
 
 def float_copy(model: nn.Module) -> nn.Module:
@@ -283,6 +270,34 @@ def _remover(hook: Any) -> str | None:
     return next((_REMOVERS[base.__name__] for base in type(hook).__mro__ if base.__name__ in _REMOVERS), None)
 
 
+class _Half(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.half().float()
+
+
+@torch.no_grad()
+def round_to_half(model: nn.Module) -> None:
+    """Round the weights of a model's float convolutions and linear layers to half precision, where they fit, in place.
+
+    Raises:
+        ConversionError: a hook computes a weight anew in each call.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):
+            binary = isinstance(module, BINARY_LAYERS) and module.weight_binarizer is not None
+            if not binary and module.weight.abs().max() < 65504:
+                if remedy := hook_remedy(module, "weight"):
+                    raise ConversionError(
+                        f"{name or 'the model'}: its weight is computed by a hook in each call, and cannot be rounded "
+                        f"to half precision; {remedy} first."
+                    )
+                if parametrize.is_parametrized(module, "weight"):
+                    # One more, behind the others: to remove these would take them from the model's other copies, too.
+                    parametrize.register_parametrization(module, "weight", _Half(), unsafe=True)
+                else:
+                    module.weight.copy_(_Half()(module.weight))
+
+
 def with_twins(model: nn.Module) -> nn.Module:
     """A copy whose binary layers hold signs instead of latents, in eval mode and float32.
 
@@ -293,9 +308,9 @@ def with_twins(model: nn.Module) -> nn.Module:
     made: dict[int, nn.Module] = {}
     owned = {layer.activation for layer in model.modules() if isinstance(layer, BINARY_LAYERS)}
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if not isinstance(module, _TWINNED) or module in owned:
+        if not isinstance(module, TWINNED) or module in owned:
             continue
-        ours = next(base for base in type(module).__mro__ if base in _TWINNED)
+        ours = next(base for base in type(module).__mro__ if base in TWINNED)
         if type(module).forward is not ours.forward:
             raise ConversionError(
                 f"{name or 'the model'}: {type(module).__name__} has a forward of its own and cannot be packed; use "

@@ -110,8 +110,9 @@ class Diagnostics:
         path: a file that every record is appended to as a line of JSON.
         writer: a TensorBoard ``SummaryWriter``, which gets every record.
         log: a function that gets every record. The last is also in ``latest``.
-        scaler: the ``GradScaler`` of float16 training, or gradients are reported in its units. The passes of a step
-            that it leaves out are not counted.
+        scaler: the ``GradScaler`` of float16 training, or gradients are reported in its units. A step that it leaves
+            out gives no record, and its passes do not count. (It calls an optimizer that is ``fused`` all the same,
+            so that ``step`` counts such a step.)
         step: optimizer steps done before.
 
     Raises:
@@ -223,8 +224,13 @@ class Diagnostics:
             for replay in self._replays:
                 replay.stop()
 
-    def _before_step(self, *_: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         if not self._armed:
+            return
+        overflow = getattr(
+            optimizer, "found_inf", None
+        )  # GradScaler tells a fused optimizer so, rather than leave it out
+        if overflow is not None and float(overflow) > 0:
             return
         self._disarm()
         with self._repeated:
@@ -265,6 +271,14 @@ class Diagnostics:
             if "lr" in group
         }
         unit = 1.0 / self._scale()
+        # What a fused optimizer gets has not been scaled back yet.
+        scaled = {
+            parameter
+            for optimizer in self.optimizers
+            if getattr(optimizer, "grad_scale", None) is not None
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
         gathered = _Gathered({place.name: {"weights": None, "activations": None} for place in self.places})
         for place, (x, binary) in self._latents().items():
             assert place.weights is not None
@@ -280,7 +294,8 @@ class Diagnostics:
             if lr is not None and place.layer.standardize is not False:
                 entry["effective_lr"] = lr * _gain(x, weight)
             if weight.grad is not None and weight.numel() > 1:
-                entry["latent_variance"] = float(weight.grad.detach().cpu().double().abs().var())
+                grad = weight.grad.detach().cpu().double().abs() * (unit if weight in scaled else 1.0)
+                entry["latent_variance"] = float(grad.var())
             gathered.layers[place.name]["weights"] = entry
         for place in self.places:
             if place.activation is None or (place.name, "activations") not in self._seen:

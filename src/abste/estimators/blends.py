@@ -223,6 +223,11 @@ class Equilibrium(Blend, Annealed):
         self._tap = torch.zeros(6, device=self.state.device, requires_grad=True)
         return self
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if self._tap.device != self.state.device:  # the state was assigned to a module on the meta device
+            self._tap = torch.zeros(6, device=self.state.device, requires_grad=True)
+
     def reset_parameters(self) -> None:
         super().reset_parameters()
         self.state.zero_()
@@ -235,8 +240,6 @@ class Equilibrium(Blend, Annealed):
         return self._budgets([self])[0]
 
     def taps(self) -> tuple[Tensor, ...]:
-        if self._tap.device != self.state.device:  # a state dict has been assigned to a module on the meta device
-            self._tap = torch.zeros(6, device=self.state.device, requires_grad=True)
         return (self._tap,) if self.training else ()
 
     def gradients(self, inside: Tensor, bent: Tensor, gap: Callable[[], Tensor]) -> tuple[Tensor, ...]:

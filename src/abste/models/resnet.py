@@ -206,6 +206,8 @@ class CifarResNet(nn.Module):
             forward, an input of another shape or dtype.
     """
 
+    behind_stem = staticmethod(BasicBlock.behind_stem)
+
     def __init__(
         self,
         block: type[BasicBlock],
@@ -303,6 +305,8 @@ class BiRealNet(ImageNetResNet):
 
     `block` is `BiRealNetBlock`, or `ReActBlock` for ReAct-ResNet.
     """
+
+    behind_stem = staticmethod(BiRealNetBlock.behind_stem)
 
     def __init__(
         self,

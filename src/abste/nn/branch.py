@@ -95,7 +95,10 @@ class GradientBranch(nn.Module):
         self.branch = nn.Parameter(self._core().weight.detach().clone())
 
     def reset_parameters(self) -> None:
-        """Draw the latents anew, and make the branch a copy of them."""
+        """Draw the latents anew, and make the branch a copy of them.
+
+        Where each module is reset in its turn, the layer must come first, as in ``model.apply``.
+        """
         for module in {self._core(): None, self.layer: None}:
             module.reset_parameters()
         self.reset_branch()

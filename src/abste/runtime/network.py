@@ -32,8 +32,8 @@ _INT8: dict[str | None, int] = {
     "all": _native.INT8_STEM | _native.INT8_FLOAT | _native.INT8_BINARY,
 }
 
-_LINEAR, _THRESHOLD = (0, 1, 2), 15
-"""Kinds of steps (docs/format.md): those that multiply or add a number per channel, and a bound on sums."""
+_THRESHOLD = 15
+"""Kind of the step that makes bits of sums: docs/format.md."""
 
 MAX_ARENA = 2**30
 """Bytes of working memory beyond which :func:`load` refuses a file."""
@@ -150,14 +150,12 @@ class Network:
         self._outputs = [_Tensor(*value) for value in self._model.outputs]
         self.inputs = tuple(value.info() for value in self._inputs)
         self.outputs = tuple(value.info() for value in self._outputs)
-        self._written, self._sums, self._scaled, self._decided = [], [], [], []
+        self._written, self._scaled, self._decided = [], [], []
         nodes = []
-        for node_name, operation, value, steps, bits, weights, macs, _, input_bits, first, rank in records:
+        for node_name, operation, value, steps, bits, weights, macs, _, input_bits, first in records:
             self._written.append(_Tensor(*value))
             shape = self._written[-1].info().shape
-            # A later step may drop the spatial dimensions of a single pixel, which the sums still have.
-            self._sums.append(self._written[-1] if operation == "flatten" else self._written[-1]._replace(rank=rank))
-            self._scaled.append(weights > 0 and operation != "xnor" and first in _LINEAR)
+            self._scaled.append(operation == "sign_conv" and len(steps) > 0)
             self._decided.append(first == _THRESHOLD)
             nodes.append(NodeInfo(node_name, operation, shape, steps, bits, weights, macs, input_bits))
         self.nodes = tuple(nodes)
@@ -205,7 +203,7 @@ class Network:
             layout: of inputs, outputs and intermediates.
             intermediates: names of modules whose outputs are wanted too, or one name. A layer with binary weights and
                 inputs gives its integer sums, before the scale (int32); any other what PyTorch's module gives
-                (float32).
+                (float32), without the dimensions of a single pixel where a flattening follows.
             threads: how many to use, at most ``MAX_THREADS``; default: as many as the process may use cores.
 
         Returns:
@@ -225,8 +223,7 @@ class Network:
             return result
         found = {}
         for name, buffer in zip(names, buffers, strict=True):
-            node, point = self._point(name)
-            value = (self._sums if point < 0 else self._written)[node]
+            value = self._written[self._point(name)[0]]
             if layout == "nchw":
                 buffer = np.ascontiguousarray(np.moveaxis(buffer, -1, 1))
             found[name] = buffer.reshape(len(buffer), *value.shape(layout))
@@ -304,7 +301,7 @@ class Network:
             for step in reversed(range(len(node.steps))):
                 if node.steps[step] == name and not self._decided[number]:
                     return number, step
-        # The last node of a module of several. Of a layer with a bias, or a scale, the sums are not yet what it gives.
+        # The last node of a module of several. The sums of binary weights are not yet scaled.
         for number, node in reversed(list(enumerate(self.nodes))):
             if node.name == name and not self._scaled[number]:
                 return number, -1
