@@ -485,7 +485,7 @@ def test_intermediates_are_what_modules_give() -> None:
     means = nn.Sequential(nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5), Forward(lambda _, x: x.mean((2, 3))), nn.Linear(5, 3))
     assert check_intermediates(stir(means), IMAGE) == ["0", "1", "2", "3"]
     centred = BinaryConv2d(4, 5, 3, weights="ste", center="mean")
-    assert check_intermediates(stir(nn.Sequential(centred, nn.BatchNorm2d(5), nn.ReLU())), IMAGE) == ["1", "2"]
+    assert check_intermediates(stir(nn.Sequential(centred, nn.BatchNorm2d(5), nn.ReLU())), IMAGE) == ["0", "1", "2"]
     model = stir(nn.Sequential(BinaryConv2d(4, 5, 3), nn.BatchNorm2d(5)))
     file = abste_format.write(lower(model, torch.zeros(1, *IMAGE)).graph)
     network = Network(np.frombuffer(file, np.uint8), "a test")
