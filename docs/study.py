@@ -135,23 +135,21 @@ AB_TANH = (  # network, what trains the latents, study, setting, arms: AB-Tanh, 
 )
 
 
+def difference(own: Report, other: Report) -> str:
+    gap = paired([score - other["accuracies"][seed] for seed, score in own["accuracies"].items()])
+    return f"{gap.mean:+.2f} ({gap.low:+.2f} to {gap.high:+.2f})"
+
+
 def ab_tanh() -> str:
     """For README: AB-Tanh beside STE and the control that has no shape, wherever the test set was asked."""
     body = []
     for network, latents, study, which, *names in AB_TANH:
         setting = next(each for each in load(study)["settings"] if each["setting"] == which)
         own, *others = (next((arm for arm in setting["arms"] if arm["arm"] == name), None) for name in names)
-        cells = []
-        for other in others:
-            if other is None:
-                cells.append("")
-                continue
-            seeds = own["accuracies"].keys() & other["accuracies"].keys()
-            gap = paired([own["accuracies"][seed] - other["accuracies"][seed] for seed in seeds])
-            cells.append(f"{gap.mean:+.2f} ({gap.low:+.2f} to {gap.high:+.2f})")
+        cells = ["" if other is None else difference(own, other) for other in others]
         raw = " on raw inputs" if names[1].endswith("raw-input") else ""
         ours = [f"{own['mean']:.2f}", f"{others[0]['mean']:.2f}{raw}"]
-        body.append([network, TITLES[which], latents, str(own["epochs"]), str(len(seeds)), *ours, *cells])
+        body.append([network, TITLES[which], latents, str(own["epochs"]), str(len(own["accuracies"])), *ours, *cells])
     head = [
         "network",
         "bits",

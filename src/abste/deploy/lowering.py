@@ -122,8 +122,9 @@ def lower(
     check_metadata(metadata)
     names = None if classes is None else _names(classes)
     example = torch.zeros(BATCH, *example_input.shape[1:])
-    source = float_copy(model)
+    source = model
     if float16:
+        source = float_copy(model)
         round_to_half(source)
     replaced = with_twins(source)
     try:

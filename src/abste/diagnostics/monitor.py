@@ -227,9 +227,8 @@ class Diagnostics:
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         if not self._armed:
             return
-        overflow = getattr(
-            optimizer, "found_inf", None
-        )  # GradScaler tells a fused optimizer so, rather than leave it out
+        # GradScaler tells a fused optimizer of an overflow, where it leaves out the step of any other.
+        overflow = getattr(optimizer, "found_inf", None)
         if overflow is not None and float(overflow) > 0:
             return
         self._disarm()

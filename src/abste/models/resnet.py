@@ -13,7 +13,7 @@ ResNet-18 and ResNet-34 have real-valued 1x1 projections instead (option B), as 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -206,8 +206,6 @@ class CifarResNet(nn.Module):
             forward, an input of another shape or dtype.
     """
 
-    behind_stem = staticmethod(BasicBlock.behind_stem)
-
     def __init__(
         self,
         block: type[BasicBlock],
@@ -232,7 +230,6 @@ class CifarResNet(nn.Module):
             raise ConfigError(f"blocks_per_stage of a ResNet must give one number for each of {stages} stages.")
         self.in_channels = in_channels
         self.stages = stages
-        self.behind_stem = block.behind_stem
         self.conv1 = self.stem_convolution(in_channels, width)
         self.bn1 = nn.BatchNorm2d(width)
         channels = width
@@ -262,7 +259,8 @@ class CifarResNet(nn.Module):
 
     def stem(self, x: Tensor) -> Tensor:
         """What stands before the first stage."""
-        return self.behind_stem(self.conv1(x), self.bn1)
+        block = cast(BasicBlock, self.get_submodule("layer1.0"))
+        return block.behind_stem(self.conv1(x), self.bn1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images to logits."""
@@ -305,8 +303,6 @@ class BiRealNet(ImageNetResNet):
 
     `block` is `BiRealNetBlock`, or `ReActBlock` for ReAct-ResNet.
     """
-
-    behind_stem = staticmethod(BiRealNetBlock.behind_stem)
 
     def __init__(
         self,

@@ -99,8 +99,9 @@ class GradientBranch(nn.Module):
 
         Where each module is reset in its turn, the layer must come first, as in ``model.apply``.
         """
-        for module in {self._core(): None, self.layer: None}:
-            module.reset_parameters()
+        self._core().reset_parameters()
+        if isinstance(self.layer, AdaptiveSet):
+            self.layer.reset_parameters()
         self.reset_branch()
 
     @torch.no_grad()

@@ -150,15 +150,16 @@ class Network:
         self._outputs = [_Tensor(*value) for value in self._model.outputs]
         self.inputs = tuple(value.info() for value in self._inputs)
         self.outputs = tuple(value.info() for value in self._outputs)
-        self._written, self._scaled, self._decided = [], [], []
+        self._written = []
+        kinds = []  # of first steps
         nodes = []
         for node_name, operation, value, steps, bits, weights, macs, _, input_bits, first in records:
             self._written.append(_Tensor(*value))
             shape = self._written[-1].info().shape
-            self._scaled.append(operation == "sign_conv" and len(steps) > 0)
-            self._decided.append(first == _THRESHOLD)
+            kinds.append(first)
             nodes.append(NodeInfo(node_name, operation, shape, steps, bits, weights, macs, input_bits))
         self.nodes = tuple(nodes)
+        self._points = _points(self.nodes, kinds)
         numbers = self._model.normalization
         self.normalization = None if numbers is None else tuple(np.array(numbers, np.float32).reshape(2, -1))
         classes = self._model.classes
@@ -287,28 +288,35 @@ class Network:
 
     def intermediates(self) -> list[str]:
         """The names that ``intermediates`` accepts."""
-        names = []
-        for node, scaled, decided in zip(self.nodes, self._scaled, self._decided, strict=True):
-            names += [*([] if scaled else [node.name]), *([] if decided else node.steps)]
-        return list(dict.fromkeys(name for name in names if name))
+        return list(self._points)
 
     def _point(self, name: str) -> tuple[int, int]:
-        """Where the output of a module stands: a node and a step of it, -1 being its sums."""
-        for number, node in enumerate(self.nodes):
-            if node.name == name and node.operation == "xnor":
-                return number, -1
-        for number, node in reversed(list(enumerate(self.nodes))):
-            for step in reversed(range(len(node.steps))):
-                if node.steps[step] == name and not self._decided[number]:
-                    return number, step
-        # The last node of a module of several. The sums of binary weights are not yet scaled.
-        for number, node in reversed(list(enumerate(self.nodes))):
-            if node.name == name and not self._scaled[number]:
-                return number, -1
-        raise ConfigError(
-            f"no output of {name!r} stands anywhere in this network (it may be folded into another); "
-            f"{nearest(name, self.intermediates())}"
-        )
+        if name not in self._points:
+            raise ConfigError(
+                f"no output of {name!r} stands anywhere in this network (it may be folded into another); "
+                f"{nearest(name, self._points)}"
+            )
+        return self._points[name]
+
+
+def _points(nodes: Iterable[NodeInfo], first_kinds: Iterable[int]) -> dict[str, tuple[int, int]]:
+    """Where the output of each module stands: a node and a step of it, -1 being its sums; in the order of a run.
+
+    Of a module of several operations it is the last. Sums of binary weights are whole numbers with binary inputs, and
+    otherwise not yet what the layer gives, if steps follow; what a threshold gives is no module's output.
+    """
+    points: dict[str, tuple[int, int]] = {}
+    integers = set()
+    for number, (node, first) in enumerate(zip(nodes, first_kinds, strict=True)):
+        if node.name not in integers and not (node.operation == "sign_conv" and node.steps):
+            points[node.name] = number, -1
+        if node.operation == "xnor":
+            integers.add(node.name)
+        for step, name in enumerate(() if first == _THRESHOLD else node.steps):
+            if name not in integers:
+                points[name] = number, step
+    points.pop("", None)
+    return points
 
 
 def _thread_count(threads: Any) -> int:
