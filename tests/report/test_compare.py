@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +116,45 @@ def test_max_minutes(study_file: Path, tmp_path: Path) -> None:
     said: list[str] = []
     outcome = run_study(load_study(study_file), tmp_path / "out", None, max_minutes=0, say=said.append)
     assert outcome.stopped and outcome.finished == 0 and said == ["4 runs, 0 of them done"]
+
+
+def test_a_run_that_something_else_ends_has_failed(study_file: Path, tmp_path: Path) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        out, said = tmp_path / number.name, []
+
+        def end(out: Path = out, number: signal.Signals = number) -> None:
+            log = out / "w1a32" / "ste" / "seed-0.log"
+            until = time.monotonic() + 120
+            while not (log.exists() and log.read_text()) and time.monotonic() < until:
+                time.sleep(0.02)
+            (child,) = subprocess.run(
+                ["pgrep", "-f", str(out / "w1a32" / "ste")], capture_output=True, text=True, check=True
+            ).stdout.split()
+            os.kill(int(child), number)
+
+        killer = threading.Thread(target=end)
+        killer.start()
+        outcome = run_study(load_study(study_file), out, None, tasks=[0, 0], say=said.append)
+        killer.join()
+        assert not outcome.stopped and list(outcome.failed) == ["w1a32/ste/seed-0"]
+        assert outcome.failed["w1a32/ste/seed-0"] == f"ended by {number.name}, which this command did not send"
+        assert said[0] == "1 runs, 0 of them done"
+
+
+def test_what_the_files_tell_is_no_other_recipe(done: Path, study_file: Path, tmp_path: Path) -> None:
+    out, plan = copy(done, tmp_path), load_study(study_file).plan()
+    unknown = [  # as in the plan of a study on a folder of images
+        replace(run, recipe=run.recipe.model_copy(
+            update={"data": run.recipe.data.model_copy(update={"classes": None, "holdout": None})}
+        ))
+        for run in plan
+    ]  # fmt: skip
+    assert [run.split for run in read_finished(unknown, out)] == ["held_out"] * 4
+    other = [replace(run, recipe=run.recipe.model_copy(
+        update={"data": run.recipe.data.model_copy(update={"holdout": 100})}
+    )) for run in plan]  # fmt: skip
+    with pytest.raises(RunError, match="was trained with data.holdout = 300 and this study says 100"):
+        read_finished(other, out)
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(

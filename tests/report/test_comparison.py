@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from abste.report import Comparison, Finished, compare_runs, make_study
+from abste.report import Comparison, Finished, compare_runs, detectable, make_study
+from abste.report.statistics import pooled
+from abste.report.study import Planned
 
 SEEDS = [0, 1, 2, 3, 4]
 NOISE = [0.3, -0.2, 0.1, -0.4, 0.2]  # of a seed, the same for all arms: pairs cancel it
@@ -21,10 +24,10 @@ def comparison(
     offsets: dict[str, float],
     seeds: list[int] = SEEDS,
     lr_scale: dict[float, float] | None = None,
-    once: str | None = None,
+    done: Callable[[Planned], bool] = lambda _: True,
     **study: Any,
 ) -> Comparison:
-    """Arms whose accuracy is 70 plus their offset, plus one per learning rate; ``once`` has its first seed only."""
+    """Arms whose accuracy is 70 plus their offset, plus one per learning rate; of all runs those that are ``done``."""
     scales = lr_scale or {1.0: 0.0}
     tables = {
         "recipe": "digits-resnet8-w1a32",
@@ -42,7 +45,7 @@ def comparison(
     made = make_study(tables, Path("."))
     runs = []
     for planned in made.plan():
-        if planned.arm in offsets and not (planned.arm == once and planned.seed != seeds[0]):
+        if planned.arm in offsets and done(planned):
             i = SEEDS.index(planned.seed)
             turn = sorted(offsets).index(planned.arm)
             wobble = WOBBLE[(i + turn) % 5]
@@ -95,9 +98,10 @@ def test_worse_and_undecided() -> None:
 
 
 def test_an_arm_under_way_hides_nothing_of_those_that_are_done() -> None:
-    result = comparison({"ste": 0.0, "same": 0.01, "x": 3.0}, once="x")
+    result = comparison({"ste": 0.0, "same": 0.01, "x": 3.0}, done=lambda run: run.arm != "x" or run.seed == 0)
     assert 0 < result.settings[0].detectable < 1
-    assert said(result)[0].startswith("Not shown to differ from ste: same. With these seeds a true difference of 0.")
+    assert said(result)[0] == "Runs are missing, and what they would say is not in the above: x (4)."
+    assert said(result)[1].startswith("Not shown to differ from ste: same. With these seeds a true difference of 0.")
 
 
 def test_one_seed_is_a_run() -> None:
@@ -132,6 +136,56 @@ def test_arms_with_fewer_seeds_are_compared_at_theirs() -> None:
     x = next(arm for arm in half.settings[0].arms if arm.arm == "x")
     assert x.difference is not None and x.difference.n == 2 and x.difference.mean == 0.0
     assert "Unfinished: 7 of 10 runs are done." in str(half)
+
+
+def test_a_learning_rate_is_chosen_over_the_seeds_that_all_have() -> None:
+    rates = {0.5: -5.0, 1.0: 0.0, 2.0: -5.0}
+    order = comparison({"ste": 0.0, "x": 0.0}, lr_scale=rates).study.plan()
+    for n in range(1, len(order) + 1):  # in the order of the plan, as a study under way has them
+        result = comparison({"ste": 0.0, "x": 0.0}, lr_scale=rates, done=lambda run, n=n: run in order[:n])
+        assert not any("better" in line or "worse" in line for line in said(result)), said(result)
+    lost = comparison({"ste": 0.0, "x": 0.0}, lr_scale=rates,
+                      done=lambda run: (run.arm, run.lr_scale, run.seed) != ("ste", 1.0, 1))  # fmt: skip
+    assert {arm.arm: arm.lr_scale for arm in lost.settings[0].arms} == {"ste": 1.0, "x": 1.0}
+    assert said(lost)[0] == "Runs are missing, and what they would say is not in the above: ste (1)."
+
+
+def test_an_arm_whose_rates_have_no_common_seed_is_not_compared() -> None:
+    result = comparison({"ste": 0.0, "x": 9.0}, lr_scale={1.0: 0.0, 2.0: 1.0},
+                        done=lambda run: run.arm == "ste" or run.lr_scale == 1.0)  # fmt: skip
+    x = next(arm for arm in result.settings[0].arms if arm.arm == "x")
+    assert x.difference is None and not x.chosen and set(x.by_lr_scale) == {1.0}
+    assert said(result)[0].startswith("Not compared yet, since their learning rates have no seed in common") and (
+        said(result)[-1] == "No arm has two seeds in common with ste: nothing is shown."
+    )
+
+
+def test_what_is_detectable_is_so_with_the_seeds_of_those_that_are_undecided() -> None:
+    result = comparison({"ste": 0.0, "better": 9.0, "same": 0.01}, seeds=[0, 1, 2],
+                        done=lambda run: run.arm != "better" or run.seed < 2)  # fmt: skip
+    (setting,) = result.settings
+    differences = {arm.arm: arm.difference for arm in setting.arms if arm.difference is not None}
+    assert {name: difference.n for name, difference in differences.items()} == {"better": 2, "same": 3}
+    spread = pooled([(difference.sd, difference.n) for difference in differences.values()])
+    assert setting.detectable == detectable(spread, 3, 2) < detectable(spread, 2, 2) / 3
+
+
+def test_differences_without_a_spread_show_nothing() -> None:
+    study = comparison({"ste": 0.0, "x": 1.0}, seeds=[0, 1]).study
+    images = [Finished(planned, "held_out", 100 * (250 + (planned.arm == "x")) / 360, 1.0, COST)
+              for planned in study.plan()]  # fmt: skip
+    result = compare_runs(study, images, 4)
+    assert said(result) == ["Not shown to differ from ste: x."] and "+0.28 (no spread)" in str(result)
+    assert "Infinity" not in json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_seeds_that_are_not_there_are_named() -> None:
+    result = comparison({"ste": 0.0, "x": 3.0}, done=lambda run: run.arm != "x" or run.seed < 2)
+    words = said(result)
+    assert words[0] == "Runs are missing, and what they would say is not in the above: x (3)."
+    assert words[1].startswith("x is better than ste by 2.98 (")
+    none = comparison({"ste": 0.0, "x": 3.0}, done=lambda run: run.arm == "x")
+    assert said(none)[-1] == "No arm has two seeds in common with ste: nothing is shown."
 
 
 def test_nothing_done_in_a_setting() -> None:

@@ -19,7 +19,7 @@ values = st.lists(st.floats(-50, 50).map(lambda x: round(x, 3)), min_size=2, max
 def test_paired_is_students_test(differences: list[float]) -> None:
     found = paired(differences)
     if np.std(differences) < 1e-9:
-        assert found.low == found.mean == found.high and found.p == (1.0 if found.mean == 0 else 0.0)
+        assert (found.low, found.high, found.p) == (-math.inf, math.inf, 1.0), "certain of differences equal by chance"
         return
     expected = stats.ttest_1samp(differences, 0.0)
     interval = expected.confidence_interval(0.95)
@@ -31,6 +31,9 @@ def test_paired_is_students_test(differences: list[float]) -> None:
 def test_one_pair_says_nothing_of_the_spread() -> None:
     found = paired([3.0])
     assert (found.mean, found.low, found.high, found.p) == (3.0, -math.inf, math.inf, 1.0) and math.isnan(found.sd)
+    for equal in ([0.1] * 3, [0.0] * 2, [100 / 360] * 2):
+        found = paired(equal)
+        assert (found.low, found.high, found.p) == (-math.inf, math.inf, 1.0) and found.mean == pytest.approx(equal[0])
     with pytest.raises(ConfigError, match="at least one pair"):
         paired([])
 
@@ -58,10 +61,13 @@ def test_what_is_detectable_is_detected_four_times_in_five(n: int, comparisons: 
 
 
 def test_nothing_is_detectable_without_pairs() -> None:
-    assert detectable(1.0, 1) == math.inf and detectable(math.nan, 5) == math.inf and detectable(0.0, 5) == 0.0
+    assert detectable(1.0, 1) == math.inf and detectable(math.nan, 5) == math.inf and detectable(0.0, 5) == math.inf
 
 
 def test_spreads() -> None:
     assert spread([1.0, 2.0, 4.0]) == pytest.approx(np.std([1, 2, 4], ddof=1))
-    assert math.isnan(spread([1.0])) and math.isnan(pooled([math.nan]))
-    assert pooled([3.0, 4.0, math.nan]) == pytest.approx(math.sqrt(12.5))
+    assert math.isnan(spread([1.0])) and math.isnan(pooled([(math.nan, 1), (0.0, 3)]))
+    assert pooled([(3.0, 5), (4.0, 5), (math.nan, 1)]) == pytest.approx(math.sqrt(12.5))
+    groups = [[0.3, -0.1], [1.0, 2.0, 4.0, 3.5]]
+    within = sum(np.var(group) * len(group) for group in groups)
+    assert pooled([(spread(group), len(group)) for group in groups]) == pytest.approx(math.sqrt(within / 4))

@@ -41,11 +41,31 @@ def test_controls_come_by_themselves() -> None:
         }
     table = {"name": "ab_arctan", "k": 4.0}
     study = small(arms={"mine": {"weights": table, "activations": "reste"}, "ste": {"weights": "identity_ste"}})
-    assert study.arms["mine-shape_removed"].weights == {"name": "shape_removed", "of": table}
-    assert study.arms["mine-shape_removed"].activations == "reste"
+    removed = study.recipe_of("w1a1", "mine-shape_removed").binarize
+    assert (removed.weights, removed.activations) == ({"name": "shape_removed", "of": table}, "reste")
     assert study.arms["ste"].weights == "identity_ste", "one that is given stays"
     two = {"a": {"estimator": "ab_tanh"}, "b": {"estimator": "ab_arctan"}}
     assert list(small(arms=two, controls=["b"]).arms) == ["ste", "a", "b", "b-shape_removed"]
+
+
+def test_controls_of_arms_that_set_their_estimator_by_key() -> None:
+    slower = {"set": {"optimizer.lr": 0.1}}  # its estimator is the recipe's
+    by_key = {"set": {"binarize.weights": "ab_arctan"}, "settings": ["w1a32"]}
+    sharper = {"estimator": "ab_tanh", "set": {"binarize.weights.k": 4.0}, "settings": ["w1a32"]}
+    sharp = {"set": {"binarize.weights.k": 4.0}, "settings": ["w1a32"]}  # of the recipe's AB-Tanh
+    study = small(arms={"slower": slower, "by_key": by_key, "sharper": sharper, "sharp": sharp})
+    assert "slower-shape_removed" not in study.arms
+    specs = {arm: study.recipe_of("w1a32", arm).binarize.weights for arm in study.arms_in("w1a32")}
+    tanh = {"name": "ab_tanh", "k": 4.0}
+    assert specs["sharper"] == specs["sharp"] == tanh
+    assert specs["sharper-shape_removed"] == specs["sharp-shape_removed"] == {"name": "shape_removed", "of": tanh}
+    assert specs["by_key-shape_removed"] == {"name": "shape_removed", "of": "ab_arctan"}
+
+
+def test_a_shape_removed_arm_of_ones_own() -> None:
+    study = small(arms={"mean": {"estimator": "ab_tanh", "shape_removed": True}})
+    assert list(study.arms) == ["ste", "mean"]
+    assert study.recipe_of("w1a32", "mean").binarize.weights == {"name": "shape_removed", "of": "ab_tanh"}
 
 
 def test_arms_differ_in_what_they_vary_alone() -> None:
@@ -102,12 +122,16 @@ BAD = {
     "missing arms": ({"arms": {}}, "'arms'"),
     "setting of an arm": ({"arms": {"x": {"estimator": "reste", "settings": ["w1a2"]}}}, "unknown setting 'w1a2'; did"),
     "control": ({"control": "stee"}, "unknown control 'stee'; known: ab_tanh."),
-    "controls": ({"controls": ["ab_tan"]}, "'controls' has 'ab_tan', which is no arm with an AB-STE estimator; did"),
+    "controls": ({"controls": ["ab_tan"]}, "'controls' has 'ab_tan', which is no arm with an AB-STE estimator of its own; did"),
     "control that is missing somewhere": (
         {"arms": {"ste": {"estimator": "ste", "settings": ["w1a1"]}, "x": {"estimator": "reste"}}},
         "setting 'w1a32' needs the control 'ste' and one more arm.",
     ),
     "tuning on the test set": ({"set": {}, "lr_scale": [1.0, 2.0]}, "hold training images out"),
+    "other images": (
+        {"arms": {"x": {"estimator": "reste", "set": {"data.holdout": 0}}}},
+        "data.holdout is 0 in arm 'x' and 100 in 'ste', so that",
+    ),
     "a name that is a path": ({"arms": {"../x": {"estimator": "ste"}}}, "'arms.../x"),
 }
 

@@ -24,6 +24,10 @@ PATIENCE = 3
 """Runs that may fail alike at the start before the others are not tried."""
 
 
+STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM)
+"""Exit status of a run that was asked to stop."""
+
+
 @dataclass(frozen=True)
 class Finished:
     """What a finished run of a study has to say."""
@@ -66,11 +70,15 @@ def check_directories(runs: Sequence[Planned], out: Path) -> None:
             raise RunError(
                 f"{run.path} holds no run of abste and is where this study would put one; choose another --out."
             )
-        difference = first_difference(run.read_recipe().to_dict(), planned.recipe.to_dict())
+        theirs, ours = run.read_recipe(), planned.recipe.to_dict()
+        for key in ("classes", "holdout"):  # a plan that says None leaves them to the files of the data set
+            if getattr(planned.recipe.data, key) is None:
+                ours["data"][key] = getattr(theirs.data, key)
+        difference = first_difference(theirs.to_dict(), ours)
         if difference is not None:
-            key, theirs, ours = difference
+            name, trained, said = difference
             raise RunError(
-                f"{run.path} was trained with {key} = {theirs!r} and this study says {ours!r}: "
+                f"{run.path} was trained with {name} = {trained!r} and this study says {said!r}: "
                 "they do not belong into one comparison; choose another --out, or remove that run."
             )
 
@@ -104,7 +112,7 @@ def read_finished(runs: Sequence[Planned], out: Path) -> list[Finished]:
         summary = run.read_summary()
         if summary is None:
             continue
-        split = "held_out" if planned.recipe.data.holdout else "test"
+        split = "held_out" if run.read_recipe().data.holdout else "test"
         try:
             accuracy, cost = _accuracy(summary, split), summary["cost"]
             step_ms = 1000 * cost["train_seconds"] / cost["steps"]
@@ -189,7 +197,7 @@ def run_study(
     for task in tasks or ():
         if not 0 <= task < len(plan):
             raise ConfigError(f"study '{study.name}' has runs 0 to {len(plan) - 1}, there is no {task}.")
-    runs = plan if tasks is None else [plan[task] for task in tasks]
+    runs = plan if tasks is None else [plan[task] for task in dict.fromkeys(tasks)]
     check_arms(runs)
     check_directories(runs, out)
     waiting = [planned for planned in runs if RunDirectory(out / planned.path).read_summary() is None]
@@ -224,8 +232,10 @@ def run_study(
                         f"[{done}/{total}] {name}: {_accuracy(summary, split):.2f} % {split.replace('_', '-')} "
                         f"in {duration(time.monotonic() - child.started)}, {duration(left)} left"
                     )
-                elif status not in (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM):
+                elif not (late and status in STOPPED):
                     why = child.last_line()
+                    if status < 0 or status in STOPPED:
+                        why = f"ended by {_signal(-status if status < 0 else status - 128)}, which this command did not send"
                     if "is in use by another process" in why:
                         elsewhere.append(name)
                     else:
@@ -234,6 +244,10 @@ def run_study(
                         if ended == 0 and len(failed) == PATIENCE and len(set(failed.values())) == 1:
                             raise RunError(f"the first {PATIENCE} runs all failed, so the rest was not started: {why}")
     return Outcome(done, failed, elsewhere, done + len(failed) + len(elsewhere) < total)
+
+
+def _signal(number: int) -> str:
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 
 
 def _stop(children: Sequence[_Child]) -> None:

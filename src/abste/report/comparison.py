@@ -16,9 +16,10 @@ from abste.report.study import SHAPE_REMOVED, Study
 
 @dataclass(frozen=True)
 class ArmResult:
-    """One arm in one setting, at its best learning rate.
+    """One arm in one setting, at its best learning rate: the one with the best mean over the seeds that all rates have.
 
-    Accuracies are those of the last epoch, in per cent, and of the averaged weights where an arm averages;
+    Where they have none in common yet, it is the one with the most seeds, ``chosen`` is False, and there is no
+    difference. Accuracies are those of the last epoch, in per cent, and of the averaged weights where an arm averages;
     ``difference`` is to the control's at the same seeds, in points, and ``p_holm`` is adjusted for the number of arms
     in the setting. ``epochs`` and ``training_flops`` are those of one run.
     """
@@ -34,6 +35,7 @@ class ArmResult:
     difference: Paired | None
     p_holm: float | None
     by_lr_scale: dict[float, float]
+    chosen: bool
     epochs: float
     training_flops: float
 
@@ -48,8 +50,12 @@ class SettingResult:
     shape: dict[str, Paired]
     """AB-STE arms minus their shape-removed controls."""
     detectable: float
-    """Smallest true difference to the control that is found with probability POWER, in points."""
+    """Smallest true difference to the control that is found with probability POWER, in points, with the seeds of the
+    arms that are not shown to differ (the fewest that one of them has; of any arm, if all do differ)."""
     seeds: int
+    """Most that an arm has."""
+    missing: dict[str, int]
+    """How many seeds an arm lacks, at the rate that it is compared at."""
 
 
 @dataclass(frozen=True)
@@ -111,33 +117,40 @@ def compare_runs(study: Study, runs: Sequence[Finished], planned: int) -> Compar
 def _setting(study: Study, name: str, runs: Sequence[Finished]) -> SettingResult | None:
     if not runs:
         return None
-    chosen: dict[str, tuple[float, list[Finished], dict[float, float]]] = {}
+    found: dict[str, list[Finished]] = {}
+    rates: dict[str, dict[float, float]] = {}
+    undecided: list[str] = []
     for arm in study.arms_in(name):
-        by_scale: dict[float, list[Finished]] = defaultdict(list)
+        by_scale: dict[float, dict[int, Finished]] = {scale: {} for scale in study.lr_scale}
         for run in runs:
             if run.planned.arm == arm:
-                by_scale[run.planned.lr_scale].append(run)
-        if by_scale:
-            means = {scale: middle.fmean(run.accuracy for run in found) for scale, found in by_scale.items()}
-            best = max(means, key=lambda scale: (len(by_scale[scale]), means[scale]))
-            chosen[arm] = (best, by_scale[best], means)
-    accuracies = {
-        arm: {run.planned.seed: run.accuracy for run in sorted(found, key=lambda run: run.planned.seed)}
-        for arm, (_, found, _) in chosen.items()
-    }
-    times = {arm: middle.median(run.step_ms for run in found) for arm, (_, found, _) in chosen.items()}
+                by_scale[run.planned.lr_scale][run.planned.seed] = run
+        done = {scale: by_seed for scale, by_seed in by_scale.items() if by_seed}
+        if not done:
+            continue
+        common = set.intersection(*(set(by_seed) for by_seed in by_scale.values()))
+        if common:
+            best = max(done, key=lambda scale: middle.fmean(done[scale][seed].accuracy for seed in common))
+        else:
+            best = max(done, key=lambda scale: len(done[scale]))
+            undecided.append(arm)
+        found[arm] = [run for _, run in sorted(done[best].items())]
+        rates[arm] = {scale: middle.fmean(run.accuracy for run in of.values()) for scale, of in done.items()}
+    accuracies = {arm: {run.planned.seed: run.accuracy for run in of} for arm, of in found.items()}
+    times = {arm: middle.median(run.step_ms for run in of) for arm, of in found.items()}
     control = study.control
+    comparable = {arm: of for arm, of in accuracies.items() if arm not in undecided}
     differences = {
         arm: difference
-        for arm in chosen
-        if arm != control and (difference := _difference(accuracies, arm, control)) is not None
+        for arm in comparable
+        if arm != control and (difference := _difference(comparable, arm, control)) is not None
     }
     adjusted = dict(zip(differences, holm([d.p for d in differences.values()]), strict=True))
     results = [
         ArmResult(
             setting=name,
             arm=arm,
-            lr_scale=scale,
+            lr_scale=of[0].planned.lr_scale,
             accuracies=accuracies[arm],
             mean=middle.fmean(accuracies[arm].values()),
             sd=spread(list(accuracies[arm].values())),
@@ -145,27 +158,31 @@ def _setting(study: Study, name: str, runs: Sequence[Finished]) -> SettingResult
             step_ratio=times[arm] / times[control] if control in times else math.nan,
             difference=differences.get(arm),
             p_holm=adjusted.get(arm),
-            by_lr_scale=means,
-            epochs=found[0].summary["cost"]["epochs"],
-            training_flops=found[0].summary["cost"]["estimated_training_flops"],
+            by_lr_scale=rates[arm],
+            chosen=arm not in undecided,
+            epochs=of[0].summary["cost"]["epochs"],
+            training_flops=of[0].summary["cost"]["estimated_training_flops"],
         )
-        for arm, (scale, found, means) in chosen.items()
+        for arm, of in found.items()
     ]
     shape = {
         arm: difference
-        for arm in chosen
-        if (difference := _difference(accuracies, arm, arm + SHAPE_REMOVED)) is not None
+        for arm in comparable
+        if (difference := _difference(comparable, arm, arm + SHAPE_REMOVED)) is not None
     }
-    tested = [d for d in differences.values() if d.n > 1]  # a study under way has arms of one seed beside others
-    pairs = min((d.n for d in tested), default=0)
-    sd = pooled([d.sd for d in tested])
+    tested = {arm: d for arm, d in differences.items() if d.n > 1}  # a study under way has arms of one seed, too
+    open_ = [d.n for arm, d in tested.items() if adjusted[arm] >= ALPHA]
+    pairs = min(open_ or [d.n for d in tested.values()], default=0)
     return SettingResult(
         setting=name,
         split=runs[0].split,
         arms=sorted(results, key=lambda result: -result.mean),
         shape=shape,
-        detectable=detectable(sd, pairs, max(1, len(differences))),
-        seeds=max(len(found) for found in accuracies.values()),
+        detectable=detectable(pooled([(d.sd, d.n) for d in tested.values()]), pairs, max(1, len(differences))),
+        seeds=max(len(of) for of in found.values()),
+        missing={
+            arm: lack for arm in study.arms_in(name) if (lack := len(study.seeds) - len(found.get(arm, ()))) > 0
+        },
     )
 
 
@@ -204,8 +221,8 @@ def _markdown(result: SettingResult, study: Study) -> str:
 def _interval(difference: Paired | None) -> str:
     if difference is None:
         return ""
-    if difference.n < 2:
-        return f"{difference.mean:+.2f} (one pair)"
+    if math.isinf(difference.high):
+        return f"{difference.mean:+.2f} ({'one pair' if difference.n < 2 else 'no spread'})"
     return f"{difference.mean:+.2f} ({difference.low:+.2f} to {difference.high:+.2f})"
 
 
@@ -215,20 +232,32 @@ def _p(p: float) -> str:
 
 def sentences(result: SettingResult, control: str) -> list[str]:
     """What the data support, in words."""
-    if result.seeds < 2:
-        return ["One seed per arm: these are single runs, not a ranking."]
+    undecided = [arm.arm for arm in result.arms if not arm.chosen]
     found = []
+    if undecided:
+        found.append(
+            f"Not compared yet, since their learning rates have no seed in common to choose by: {', '.join(undecided)}."
+        )
+    if result.seeds < 2:
+        return [*found, "One seed per arm: these are single runs, not a ranking."]
+    if result.missing:
+        lacking = ", ".join(f"{arm} ({lack})" for arm, lack in result.missing.items())
+        found.append(f"Runs are missing, and what they would say is not in the above: {lacking}.")
     others = [arm for arm in result.arms if arm.difference is not None and arm.difference.n > 1]
+    if not others:
+        found.append(f"No arm has two seeds in common with {control}: nothing is shown.")
     for arm, difference in ((arm, arm.difference) for arm in others):
         if difference is not None and arm.p_holm is not None and arm.p_holm < ALPHA:
             word = "better" if difference.mean > 0 else "worse"
             found.append(f"{arm.arm} is {word} than {control} by {_range(difference)} points (p {_p(arm.p_holm)}).")
-    undecided = [arm.arm for arm in others if arm.p_holm is not None and arm.p_holm >= ALPHA]
-    if undecided:
-        found.append(
-            f"Not shown to differ from {control}: {', '.join(undecided)}. With these seeds a true difference of "
-            f"{result.detectable:.2f} points would have been found with probability {POWER:g}; smaller ones may exist."
-        )
+    level = [arm.arm for arm in others if arm.p_holm is not None and arm.p_holm >= ALPHA]
+    if level:
+        found.append(f"Not shown to differ from {control}: {', '.join(level)}.")
+        if math.isfinite(result.detectable):
+            found[-1] += (
+                f" With these seeds a true difference of {result.detectable:.2f} points would have been found with "
+                f"probability {POWER:g}; smaller ones may exist."
+            )
     adjusted = holm([difference.p for difference in result.shape.values()])
     for (name, difference), p in zip(result.shape.items(), adjusted, strict=True):
         if difference.n < 2:

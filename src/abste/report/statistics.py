@@ -14,13 +14,16 @@ ALPHA = 0.05
 """Two-sided level of every test; intervals cover 1 - ALPHA."""
 POWER = 0.8
 """Probability with which the smallest detectable difference would be found."""
+ROUNDING = 1e-9
+"""Standard deviation, in points, up to which numbers are equal but for rounding."""
 
 
 @dataclass(frozen=True)
 class Paired:
     """Differences of pairs: their mean, its Student-t interval, and the p-value of there being none.
 
-    ``low`` and ``high`` are infinite and ``p`` is 1 for a single pair, which says nothing of its spread.
+    ``low`` and ``high`` are infinite and ``p`` is 1 where the spread is not known: for a single pair, and for
+    differences that are all equal. A few accuracies, which come in steps of an image, are so by chance.
     """
 
     n: int
@@ -51,13 +54,11 @@ def paired(differences: Sequence[float]) -> Paired:
     if not n:
         raise ConfigError("a paired comparison needs at least one pair.")
     mean = math.fsum(differences) / n
-    if n == 1:
-        return Paired(1, mean, math.nan, -math.inf, math.inf, 1.0)
     sd = spread(differences)
+    if n == 1 or sd <= ROUNDING:
+        return Paired(n, mean, sd, -math.inf, math.inf, 1.0)
     error = sd / math.sqrt(n)
     half = float(stats.t.ppf(1 - ALPHA / 2, n - 1)) * error
-    if error == 0:  # all differences are equal
-        return Paired(n, mean, sd, mean, mean, 1.0 if mean == 0 else 0.0)
     p = float(2 * stats.t.sf(abs(mean) / error, n - 1))
     return Paired(n, mean, sd, mean - half, mean + half, p)
 
@@ -72,10 +73,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def pooled(spreads: Sequence[float]) -> float:
-    """The root mean square of standard deviations with equal degrees of freedom; NaN where there is none."""
-    known = [spread for spread in spreads if not math.isnan(spread)]
-    return math.sqrt(math.fsum(s * s for s in known) / len(known)) if known else math.nan
+def pooled(groups: Sequence[tuple[float, int]]) -> float:
+    """The standard deviation that groups of numbers have in common; NaN where none is known.
+
+    Args:
+        groups: standard deviation and size of each; those of fewer than two numbers, or of equal ones, do not count.
+    """
+    known = [(spread, n - 1) for spread, n in groups if n > 1 and spread > ROUNDING]
+    freedom = sum(degrees for _, degrees in known)
+    return math.sqrt(math.fsum(s * s * degrees for s, degrees in known) / freedom) if known else math.nan
 
 
 def detectable(sd: float, n: int, comparisons: int = 1) -> float:
@@ -87,14 +93,12 @@ def detectable(sd: float, n: int, comparisons: int = 1) -> float:
         comparisons: how many are made; the level is ALPHA divided by it, which is Holm's first step and its strictest.
 
     Returns:
-        In the units of ``sd``; infinite for fewer than two pairs or an unknown spread.
+        In the units of ``sd``; infinite for fewer than two pairs or an unknown spread, such as 0.
     """
     from scipy import optimize, stats
 
-    if n < 2 or math.isnan(sd):
+    if n < 2 or math.isnan(sd) or sd <= ROUNDING:
         return math.inf
-    if sd == 0:
-        return 0.0
     limit = float(stats.t.ppf(1 - ALPHA / comparisons / 2, n - 1))
 
     def lack(noncentrality: float) -> float:

@@ -18,17 +18,17 @@ A study file names a recipe and what its runs differ in::
     set = { "optimizer.latent_lr" = 0.03 }
     settings = ["w1a32"]                 # by default all
 
-Two controls come by themselves: STE, where ``control`` names no other arm, and for each arm with an AB-STE estimator
-the same arm with the shape of its slope removed. This module needs pydantic and tomli-w, not torch.
+Two controls come by themselves: STE, where ``control`` names no other arm, and for each arm with an AB-STE estimator of
+its own (one that it names, or whose arguments it sets) the same arm with the shape of its slope removed. This module needs pydantic and tomli-w, not torch.
 """
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
@@ -39,6 +39,7 @@ SHAPE_REMOVED = "-shape_removed"
 """What the name of an arm's shape-removed control ends with."""
 
 Slot = Literal["weights", "activations"]
+SLOTS: tuple[Slot, ...] = get_args(Slot)
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$")]
 
 
@@ -61,6 +62,14 @@ class Arm(Section):
     set: dict[str, Any] = Field(default_factory=dict)
     settings: list[str] | None = None
     """Where it takes part; by default everywhere."""
+    shape_removed: bool = False
+    """Its AB-STE estimators have the shape of their slopes removed, as in the controls that come by themselves."""
+
+    def names(self, slot: Slot, vary: Sequence[Slot]) -> bool:
+        """Whether it says itself what binarises the slot, or how, and does not leave that to the recipe."""
+        key = f"binarize.{slot}"
+        said = getattr(self, slot) is not None or any(name == key or name.startswith(f"{key}.") for name in self.set)
+        return said or (self.estimator is not None and slot in vary)
 
 
 class Study(Section):
@@ -88,18 +97,15 @@ class Study(Section):
         Raises:
             ConfigError: a key or value that recipes do not have.
         """
-        chosen, alternative = self.settings[setting], self.arms[arm]
+        alternative = self.arms[arm]
         where = f"study '{self.name}', {setting}, {arm}"
-        common = {**self.set, **chosen.set}
-        base = _load(self, common, where)
-        binarized = base.to_dict().get("binarize", {})
-        vary = chosen.vary or [slot for slot in ("weights", "activations") if slot in binarized]
+        common, binarized, vary = self._setting(setting, where)
         if alternative.estimator is not None and not vary:
             raise ConfigError(
                 f"{where}: 'estimator' replaces nothing, since the recipe binarises nothing; "
                 'say what it is of, as in vary = ["weights"] in the setting.'
             )
-        slots = {slot: binarized.get(slot, "none") for slot in ("weights", "activations")}
+        slots: dict[Slot, Any] = {slot: binarized.get(slot, "none") for slot in SLOTS}
         slots |= dict.fromkeys(vary, alternative.estimator) if alternative.estimator is not None else {}
         slots |= {slot: spec for slot in slots if (spec := getattr(alternative, slot)) is not None}
         own: dict[str, Any] = {f"binarize.{slot}": spec for slot, spec in slots.items()}
@@ -107,11 +113,32 @@ class Study(Section):
             own = {"binarize": "none"}
         overrides = {**common, **own, **alternative.set, "train.seed": self.seeds[0] if seed is None else seed}
         recipe = _load(self, overrides, where)
+        if alternative.shape_removed:
+            blended = _blended_slots(recipe, alternative, vary)
+            overrides = {key: value for key, value in overrides.items() if key.rpartition(".")[0] not in blended}
+            overrides |= {key: {"name": "shape_removed", "of": spec} for key, spec in blended.items()}
+            recipe = _load(self, overrides, where)
         if lr_scale != 1:
             rates = {key: getattr(recipe.optimizer, key) for key in ("lr", "latent_lr")}
             overrides |= {f"optimizer.{key}": rate * lr_scale for key, rate in rates.items() if rate is not None}
             recipe = _load(self, overrides, where)
         return recipe.model_copy(update={"name": f"{self.name}/{setting}/{arm}", "description": self.description})
+
+    def _setting(self, setting: str, where: str) -> tuple[dict[str, Any], dict[str, Any], list[Slot]]:
+        """The keys that a setting replaces, what the recipe then binarises, and what of it arms vary."""
+        chosen = self.settings[setting]
+        common = {**self.set, **chosen.set}
+        binarized = _load(self, common, where).to_dict().get("binarize", {})
+        return common, binarized, chosen.vary or [slot for slot in SLOTS if slot in binarized]
+
+    def blended(self, arm: str) -> bool:
+        """Whether an arm has an AB-STE estimator of its own, in one of its settings."""
+        for setting in self.settings:
+            if arm in self.arms_in(setting):
+                recipe = self.recipe_of(setting, arm)
+                if _blended_slots(recipe, self.arms[arm], self._setting(setting, str(recipe.name))[2]):
+                    return True
+        return False
 
     def arms_in(self, setting: str) -> list[str]:
         """The arms that take part in a setting, the control first."""
@@ -160,7 +187,7 @@ def load_study(path: str | Path) -> Study:
 
     Raises:
         ConfigError: no such file, or it is no TOML; an unknown key, arm, setting, estimator or recipe; a wrong type;
-            several ``lr_scale`` without held-out images to choose by.
+            several ``lr_scale`` without held-out images to choose by; arms of a setting judged on different images.
     """
     path = Path(path)
     try:
@@ -196,8 +223,16 @@ def make_study(tables: Mapping[str, Any], folder: Path) -> Study:
         names = study.arms_in(setting)
         if study.control not in names or len(names) < 2:
             raise ConfigError(f"{what}: setting '{setting}' needs the control '{study.control}' and one more arm.")
+        control = study.recipe_of(setting, study.control)
         for name in names:
             recipe = study.recipe_of(setting, name)
+            for key in ("name", "holdout"):
+                mine, theirs = getattr(recipe.data, key), getattr(control.data, key)
+                if mine != theirs:
+                    raise ConfigError(
+                        f"{what}, {setting}: data.{key} is {mine!r} in arm '{name}' and {theirs!r} in "
+                        f"'{study.control}', so that their accuracies would not be of the same images."
+                    )
             if len(study.lr_scale) > 1 and not recipe.data.holdout:
                 raise ConfigError(
                     f"{what}: 'lr_scale' chooses by accuracy, which must not be that of the test set: "
@@ -212,28 +247,30 @@ def _with_controls(study: Study, what: str) -> Study:
         if study.control != "ste":
             raise ConfigError(f"{what}: unknown control {study.control!r}; {nearest(study.control, arms)}")
         arms = {"ste": Arm(estimator="ste"), **arms}
-    blended = [name for name, arm in arms.items() if any(map(_blended, _specs(arm)))]
+    study = study.model_copy(update={"arms": arms})
+    blended = [name for name, arm in arms.items() if not arm.shape_removed and study.blended(name)]
     wanted = blended if study.controls is None else study.controls
     for name in wanted:
         if name not in blended:
             raise ConfigError(
-                f"{what}: 'controls' has {name!r}, which is no arm with an AB-STE estimator"
+                f"{what}: 'controls' has {name!r}, which is no arm with an AB-STE estimator of its own"
                 + (f"; {nearest(name, blended)}" if blended else ".")
             )
         if name + SHAPE_REMOVED not in arms:
-            removed = {slot: _removed(getattr(arms[name], slot)) for slot in ("estimator", "weights", "activations")}
-            arms[name + SHAPE_REMOVED] = arms[name].model_copy(update=removed)
+            arms[name + SHAPE_REMOVED] = arms[name].model_copy(update={"shape_removed": True})
     return study.model_copy(update={"arms": arms})
 
 
-def _specs(arm: Arm) -> list[Any]:
-    return [arm.estimator, arm.weights, arm.activations]
+def _blended_slots(recipe: Recipe, arm: Arm, vary: Sequence[Slot]) -> dict[str, Any]:
+    """By the recipe's key, the AB-STE estimators that an arm has of its own."""
+    binarized = recipe.to_dict().get("binarize", {})
+    return {
+        f"binarize.{slot}": binarized[slot]
+        for slot in SLOTS
+        if arm.names(slot, vary) and _blended(binarized.get(slot))
+    }
 
 
 def _blended(spec: Any) -> bool:
     name = spec.get("name") if isinstance(spec, dict) else spec
     return isinstance(name, str) and name.startswith("ab_")
-
-
-def _removed(spec: Any) -> Any:
-    return {"name": "shape_removed", "of": spec} if _blended(spec) else spec
