@@ -153,7 +153,7 @@ def test_what_the_files_tell_is_no_other_recipe(done: Path, study_file: Path, tm
     other = [replace(run, recipe=run.recipe.model_copy(
         update={"data": run.recipe.data.model_copy(update={"holdout": 100})}
     )) for run in plan]  # fmt: skip
-    with pytest.raises(RunError, match="was trained with data.holdout = 300 and this study says 100"):
+    with pytest.raises(RunError, match=r"was trained with data\.holdout = 300 and this study says 100"):
         read_finished(other, out)
 
 

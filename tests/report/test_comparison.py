@@ -160,14 +160,19 @@ def test_an_arm_whose_rates_have_no_common_seed_is_not_compared() -> None:
     )
 
 
-def test_what_is_detectable_is_so_with_the_seeds_of_those_that_are_undecided() -> None:
-    result = comparison({"ste": 0.0, "better": 9.0, "same": 0.01}, seeds=[0, 1, 2],
-                        done=lambda run: run.arm != "better" or run.seed < 2)  # fmt: skip
+def test_what_is_detectable_depends_on_the_seeds_of_the_arm() -> None:
+    result = comparison({"ste": 0.0, "few": 0.0, "same": 0.01}, seeds=[0, 1, 2],
+                        done=lambda run: run.arm != "few" or run.seed < 2)  # fmt: skip
     (setting,) = result.settings
-    differences = {arm.arm: arm.difference for arm in setting.arms if arm.difference is not None}
-    assert {name: difference.n for name, difference in differences.items()} == {"better": 2, "same": 3}
-    spread = pooled([(difference.sd, difference.n) for difference in differences.values()])
-    assert setting.detectable == detectable(spread, 3, 2) < detectable(spread, 2, 2) / 3
+    arms = {arm.arm: arm for arm in setting.arms if arm.difference is not None}
+    assert {name: arm.difference and arm.difference.n for name, arm in arms.items()} == {"few": 2, "same": 3}
+    spread = pooled([(arm.difference.sd, arm.difference.n) for arm in arms.values() if arm.difference])
+    assert arms["few"].detectable == detectable(spread, 2, 2) and arms["same"].detectable == detectable(spread, 3, 2)
+    assert setting.detectable == arms["same"].detectable
+    figures = (f"{arm.detectable:.2f} ({arm.arm})" for arm in setting.arms if arm.difference)
+    assert (
+        f"With these seeds true differences of {' and '.join(figures)} points would have been found" in said(result)[1]
+    )
 
 
 def test_differences_without_a_spread_show_nothing() -> None:

@@ -122,7 +122,10 @@ BAD = {
     "missing arms": ({"arms": {}}, "'arms'"),
     "setting of an arm": ({"arms": {"x": {"estimator": "reste", "settings": ["w1a2"]}}}, "unknown setting 'w1a2'; did"),
     "control": ({"control": "stee"}, "unknown control 'stee'; known: ab_tanh."),
-    "controls": ({"controls": ["ab_tan"]}, "'controls' has 'ab_tan', which is no arm with an AB-STE estimator of its own; did"),
+    "controls": (
+        {"controls": ["ab_tan"]},
+        "'controls' has 'ab_tan', which is no arm with an AB-STE estimator of its own; did",
+    ),
     "control that is missing somewhere": (
         {"arms": {"ste": {"estimator": "ste", "settings": ["w1a1"]}, "x": {"estimator": "reste"}}},
         "setting 'w1a32' needs the control 'ste' and one more arm.",

@@ -235,7 +235,8 @@ def run_study(
                 elif not (late and status in STOPPED):
                     why = child.last_line()
                     if status < 0 or status in STOPPED:
-                        why = f"ended by {_signal(-status if status < 0 else status - 128)}, which this command did not send"
+                        number = _signal(-status if status < 0 else status - 128)
+                        why = f"ended by {number}, which this command did not send"
                     if "is in use by another process" in why:
                         elsewhere.append(name)
                     else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics as middle
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -34,6 +33,8 @@ class ArmResult:
     step_ratio: float
     difference: Paired | None
     p_holm: float | None
+    detectable: float | None
+    """Smallest true difference to the control that is found with probability POWER with this arm's seeds, in points."""
     by_lr_scale: dict[float, float]
     chosen: bool
     epochs: float
@@ -50,8 +51,8 @@ class SettingResult:
     shape: dict[str, Paired]
     """AB-STE arms minus their shape-removed controls."""
     detectable: float
-    """Smallest true difference to the control that is found with probability POWER, in points, with the seeds of the
-    arms that are not shown to differ (the fewest that one of them has; of any arm, if all do differ)."""
+    """Smallest true difference to the control that is found with probability POWER, in points, with the most seeds that
+    an arm has in common with it."""
     seeds: int
     """Most that an arm has."""
     missing: dict[str, int]
@@ -146,6 +147,12 @@ def _setting(study: Study, name: str, runs: Sequence[Finished]) -> SettingResult
         if arm != control and (difference := _difference(comparable, arm, control)) is not None
     }
     adjusted = dict(zip(differences, holm([d.p for d in differences.values()]), strict=True))
+    # A study under way has arms of one seed, too.
+    sd = pooled([(d.sd, d.n) for d in differences.values()])
+
+    def detected(pairs: int) -> float:
+        return detectable(sd, pairs, max(1, len(differences)))
+
     results = [
         ArmResult(
             setting=name,
@@ -158,6 +165,7 @@ def _setting(study: Study, name: str, runs: Sequence[Finished]) -> SettingResult
             step_ratio=times[arm] / times[control] if control in times else math.nan,
             difference=differences.get(arm),
             p_holm=adjusted.get(arm),
+            detectable=detected(differences[arm].n) if arm in differences else None,
             by_lr_scale=rates[arm],
             chosen=arm not in undecided,
             epochs=of[0].summary["cost"]["epochs"],
@@ -170,19 +178,14 @@ def _setting(study: Study, name: str, runs: Sequence[Finished]) -> SettingResult
         for arm in comparable
         if (difference := _difference(comparable, arm, arm + SHAPE_REMOVED)) is not None
     }
-    tested = {arm: d for arm, d in differences.items() if d.n > 1}  # a study under way has arms of one seed, too
-    open_ = [d.n for arm, d in tested.items() if adjusted[arm] >= ALPHA]
-    pairs = min(open_ or [d.n for d in tested.values()], default=0)
     return SettingResult(
         setting=name,
         split=runs[0].split,
         arms=sorted(results, key=lambda result: -result.mean),
         shape=shape,
-        detectable=detectable(pooled([(d.sd, d.n) for d in tested.values()]), pairs, max(1, len(differences))),
+        detectable=detected(max((d.n for d in differences.values()), default=0)),
         seeds=max(len(of) for of in found.values()),
-        missing={
-            arm: lack for arm in study.arms_in(name) if (lack := len(study.seeds) - len(found.get(arm, ()))) > 0
-        },
+        missing={arm: lack for arm in study.arms_in(name) if (lack := len(study.seeds) - len(found.get(arm, ()))) > 0},
     )
 
 
@@ -250,14 +253,18 @@ def sentences(result: SettingResult, control: str) -> list[str]:
         if difference is not None and arm.p_holm is not None and arm.p_holm < ALPHA:
             word = "better" if difference.mean > 0 else "worse"
             found.append(f"{arm.arm} is {word} than {control} by {_range(difference)} points (p {_p(arm.p_holm)}).")
-    level = [arm.arm for arm in others if arm.p_holm is not None and arm.p_holm >= ALPHA]
+    level = [arm for arm in others if arm.p_holm is not None and arm.p_holm >= ALPHA]
     if level:
-        found.append(f"Not shown to differ from {control}: {', '.join(level)}.")
-        if math.isfinite(result.detectable):
-            found[-1] += (
-                f" With these seeds a true difference of {result.detectable:.2f} points would have been found with "
-                f"probability {POWER:g}; smaller ones may exist."
-            )
+        found.append(f"Not shown to differ from {control}: {', '.join(arm.arm for arm in level)}.")
+        figures = {f"{arm.detectable:.2f}": arm for arm in level if arm.detectable and math.isfinite(arm.detectable)}
+        if len(figures) == 1:
+            (figure,) = figures
+            found[-1] += f" With these seeds a true difference of {figure} points would have been found with "
+        elif figures:
+            each = " and ".join(f"{arm.detectable:.2f} ({arm.arm})" for arm in level)
+            found[-1] += f" With these seeds true differences of {each} points would have been found with "
+        if figures:
+            found[-1] += f"probability {POWER:g}; smaller ones may exist."
     adjusted = holm([difference.p for difference in result.shape.values()])
     for (name, difference), p in zip(result.shape.items(), adjusted, strict=True):
         if difference.n < 2:

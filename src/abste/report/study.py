@@ -19,7 +19,8 @@ A study file names a recipe and what its runs differ in::
     settings = ["w1a32"]                 # by default all
 
 Two controls come by themselves: STE, where ``control`` names no other arm, and for each arm with an AB-STE estimator of
-its own (one that it names, or whose arguments it sets) the same arm with the shape of its slope removed. This module needs pydantic and tomli-w, not torch.
+its own (one that it names, or whose arguments it sets) the same arm with the shape of its slope removed. This module
+needs pydantic and tomli-w, not torch.
 """
 
 from __future__ import annotations
@@ -265,9 +266,7 @@ def _blended_slots(recipe: Recipe, arm: Arm, vary: Sequence[Slot]) -> dict[str, 
     """By the recipe's key, the AB-STE estimators that an arm has of its own."""
     binarized = recipe.to_dict().get("binarize", {})
     return {
-        f"binarize.{slot}": binarized[slot]
-        for slot in SLOTS
-        if arm.names(slot, vary) and _blended(binarized.get(slot))
+        f"binarize.{slot}": binarized[slot] for slot in SLOTS if arm.names(slot, vary) and _blended(binarized.get(slot))
     }
 
 
