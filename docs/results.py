@@ -99,7 +99,8 @@ def ours() -> Iterator[Ours]:
         run, recipe = json.loads(path.read_text(encoding="utf-8")), load_recipe(path.parent / "recipe.toml")
         if "test" in run and not any(same_but_for_seed(recipe, other) for other in studied):
             flops = run["cost"]["estimated_training_flops"]
-            yield Ours(recipe, [100 * run["test"]["accuracy"]], flops, path.parent)
+            accuracy = run.get("averaged", run)["test"]["accuracy"]  # as studies take it
+            yield Ours(recipe, [100 * accuracy], flops, path.parent)
 
 
 def same_but_for_seed(recipe: Recipe, other: Recipe) -> bool:

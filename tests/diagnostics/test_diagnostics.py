@@ -252,6 +252,70 @@ def test_a_sample_is_close_and_sees_all_channels() -> None:
         assert min(np.bincount(seen.numpy(), minlength=16)) > 0.9 * len(seen) / 16
 
 
+def test_calls_of_different_sizes_count_by_what_they_binarise() -> None:
+    model = nn.Sequential(BinaryConv2d(1, 1, 1, weights=None, activations="ab_tanh"))
+    generator = torch.Generator().manual_seed(3)
+    large, small = torch.randn(1, 1, 64, 64, generator=generator), 4 * torch.randn(1, 1, 8, 8, generator=generator)
+
+    def measured(sample: int | None) -> Record:
+        copied = copy.deepcopy(model)
+        optimizer = torch.optim.SGD(copied.parameters(), lr=0.1)
+        diagnostics = Diagnostics(copied, optimizer, every=1, sample=sample)
+        (copied(large.requires_grad_()).square().sum() + copied(small.requires_grad_()).square().sum()).backward()
+        optimizer.step()
+        assert diagnostics.latest is not None
+        return dict(diagnostics.latest["layers"]["0"]["activations"])
+
+    whole, part = measured(None), measured(64)
+    assert whole["count"] == part["count"] == 64 * 64 + 8 * 8
+    for key in ("rms", "beyond", "slope", "variance"):
+        assert part[key] == pytest.approx(whole[key], rel=0.35), key  # the mean of the two calls would be far off
+    assert sum(part["histogram"]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_closure_makes_the_gradients_that_are_measured(by_name: bool) -> None:
+    def run(closure: bool) -> list[Record]:
+        torch.manual_seed(4)
+        model, records = net(), []
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        diagnostics = Diagnostics(model, optimizer, every=2, log=records.append)
+        for images, labels in batches(4):
+
+            def loss(images: Tensor = images, labels: Tensor = labels) -> Tensor:
+                optimizer.zero_grad()
+                value = nn.functional.cross_entropy(model(images), labels)
+                value.backward()
+                return value
+
+            if not closure:
+                loss()
+                optimizer.step()
+            elif by_name:
+                assert isinstance(optimizer.step(closure=loss), Tensor)
+            else:
+                assert isinstance(optimizer.step(loss), Tensor)
+        diagnostics.close()
+        return records
+
+    expected = run(False)
+    assert run(True) == expected and expected[0]["layers"]["2"]["activations"] is not None
+
+
+def test_layers_that_are_frozen_at_first_are_seen_later() -> None:
+    torch.manual_seed(6)
+    model, records = net(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    diagnostics = Diagnostics(model, optimizer, every=1, log=records.append)
+    optimizer.step()  # nothing has been computed yet
+    images, labels = batches(1)[0]
+    nn.functional.cross_entropy(model(images), labels).backward()
+    optimizer.step()
+    diagnostics.close()
+    assert records[0]["layers"]["2"]["activations"] is None
+    assert records[1]["layers"]["2"]["activations"]["variance"] > 0
+
+
 def test_totals() -> None:
     record = recorded(net(), 1, every=1, sample=None)[0]
     layers = record["layers"]

@@ -109,6 +109,18 @@ def test_a_page(runs: Path, tmp_path: Path) -> None:
     assert any(trace["y"][-1] == pytest.approx(mean) for trace in drawn[1][0])
 
 
+def test_a_run_that_averages_shows_what_studies_judge(runs: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(runs / "ste" / "seed-0", tmp_path / "average")
+    summary = json.loads((run / "summary.json").read_text())
+    summary["averaged"] = {"test": {**summary["test"], "accuracy": 0.875}}
+    (run / "summary.json").write_text(json.dumps(summary))
+    write_page([run, runs / "blend"], tmp_path / "page.html")
+    head, *rows = Page((tmp_path / "page.html").read_text(encoding="utf-8")).tables[0]
+    column = head.index("test, averaged, %")
+    assert sorted(row[column] for row in rows) == ["", "87.50"]
+    assert head[column - 1] == "test, %" and "held out, averaged, %" not in head
+
+
 def test_the_menu_shows_one_quantity_at_a_time(runs: Path, tmp_path: Path) -> None:
     write_page([runs / "blend" / "seed-0"], tmp_path / "page.html")
     traces, layout = figures((tmp_path / "page.html").read_text(encoding="utf-8"))[-1]

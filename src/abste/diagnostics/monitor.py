@@ -52,9 +52,9 @@ class Diagnostics:
     eagerly, from its inputs and the gradient at its outputs, with buffers and random numbers put back; random layers
     draw others in the repetition, and batch norm must not be synchronised between processes. Weights are read from
     the real step. Distributed training: each process measures its own share of the batch, and nothing is
-    communicated; make one in rank 0 alone (weights are the same everywhere). Layers may be called several times, and
-    gradients be accumulated. Frozen layers have no gradients to report, and activations that no backward reaches are
-    left out (None).
+    communicated; make one in rank 0 alone (weights are the same everywhere). Layers may be called several times,
+    gradients be accumulated, and the step be given a closure, whose first call is measured. Frozen layers have no
+    gradients to report, and activations that no backward reaches are left out (None).
 
     A record is a dictionary: ``step`` (optimizer steps done, this one included), ``steps`` (since the last record),
     ``layers`` (name, then ``weights`` and ``activations``, None where there is nothing) and ``total`` (``weights``
@@ -70,7 +70,8 @@ class Diagnostics:
     ``beyond``                share of x with \\|x\\| > t
     ``slope``                 mean F'(x), zeros beyond the clip included; needs a surrogate
     ``variance``              gradient (in)stability, ReSTE's: unbiased variance of \\|g\\|. Of weights, g with respect
-                              to x; of activations with respect to the layer's input, before division by RMS
+                              to x; of activations with respect to the layer's input, before division by RMS (of a
+                              BinaryActivation on its own: by its RMS after the last pass)
     ``variance_ratio``        the same divided by the variance of A
     ``variation``             coefficient of variation of g, std \\|g\\| / mean \\|g\\|
     ``variation_ratio``       its square, divided by that of A: what the budget of an equilibrium limits
@@ -198,11 +199,13 @@ class Diagnostics:
     def _activations_observer(self, name: str, binarizer: Binarizer) -> Observer:
         def observe(grad: Tensor, x: Tensor, result: Tensor) -> None:
             self._forget_skipped()
-            self._counts[name] = self._counts.get(name, 0) + x.numel()
+            count = x.numel()
+            self._counts[name] = self._counts.get(name, 0) + count
             x, grad, result = sampled(self.sample, x, grad, result)
             sums = self._seen.setdefault((name, "activations"), {})
-            add(sums, gradient_sums(grad, x, result, binarizer.t))
-            add(sums, shape_sums(binarizer, x))
+            for more in (gradient_sums(grad, x, result, binarizer.t), shape_sums(binarizer, x)):
+                # Calls of different sizes count by what they binarised, and not by what was measured of it.
+                add(sums, {key: value * (count / max(1, x.numel())) for key, value in more.items()})
 
         return observe
 
@@ -224,9 +227,25 @@ class Diagnostics:
             for replay in self._replays:
                 replay.stop()
 
-    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if not self._armed:
-            return
+            return None
+        if closure is None:
+            self._measure(optimizer)
+            return None
+
+        def measured() -> Any:
+            loss = closure()  # makes the gradients of this step
+            if self._armed:  # an optimizer may call it several times
+                self._measure(optimizer)
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": measured}
+        return (args[0], measured, *args[2:]), kwargs
+
+    def _measure(self, optimizer: Optimizer) -> None:
         # GradScaler tells a fused optimizer of an overflow, where it leaves out the step of any other.
         overflow = getattr(optimizer, "found_inf", None)
         if overflow is not None and float(overflow) > 0:
@@ -235,7 +254,7 @@ class Diagnostics:
         with self._repeated:
             for replay in self._replays:
                 replay.run()
-        if not self._seen and not self._blind:
+        if not self._seen and not self._blind and self._reached():
             self._blind = True  # each attempt might cost a compilation
             warnings.warn(
                 "Diagnostics saw no backward pass through any binarizer and reports no gradients and no activations; "
@@ -244,6 +263,12 @@ class Diagnostics:
                 stacklevel=3,
             )
         self._gathered = self._gather()
+
+    def _reached(self) -> bool:
+        """Whether a backward came by the binary layers: not if they are frozen, or if there was none."""
+        latents = [place.layer.weight for place in self.places if place.weights is not None]
+        learned = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
+        return any(parameter.grad is not None for parameter in latents or learned)
 
     def _after_step(self, *_: Any) -> None:
         self.step += 1

@@ -190,6 +190,8 @@ def _results(runs: Sequence[Run]) -> str:
         "epochs": _progress,
         "test, %": lambda run: _accuracy(run, "test"),
         "held out, %": lambda run: _accuracy(run, "held_out"),
+        "test, averaged, %": lambda run: _averaged(run, "test"),
+        "held out, averaged, %": lambda run: _averaged(run, "held_out"),
         "training, %": lambda run: _last(run, "accuracy", 100),
         "PFLOP": lambda run: _cost(run, "estimated_training_flops", 1e-15),
         "minutes": lambda run: _cost(run, "seconds", 1 / 60),
@@ -217,6 +219,12 @@ def _accuracy(run: Run, split: str) -> str:
     if run.summary and split in run.summary:
         found.append(run.summary[split]["accuracy"])
     return f"{100 * found[-1]:.2f}" if found else ""
+
+
+def _averaged(run: Run, split: str) -> str:
+    """Of the averaged weights, by which studies judge a run that has them."""
+    found = (run.summary or {}).get("averaged", {}).get(split)
+    return f"{100 * found['accuracy']:.2f}" if found else ""
 
 
 def _last(run: Run, key: str, factor: float, form: str = ".2f") -> str:
