@@ -590,6 +590,45 @@ def test_remedies_that_do_not_apply() -> None:
     assert_same(before, snapshot(linear))
 
 
+class Listed(nn.Module):
+    """Calls its layers through a list of Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.steps = [self.a, self.b, self.c]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
+def reads_dtype(self: Any, x: Tensor) -> Tensor:
+    return self.c(self.b(self.a(x).to(self.b.weight.dtype)))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (Listed, "^b is called through another reference than its name, past the GradientBranch"),
+        (
+            lambda: Lambda(reads_dtype, a=nn.Linear(4, 4), b=nn.Linear(4, 4), c=nn.Linear(4, 4)),
+            "^with modules put around layers .* 'GradientBranch' object has no attribute 'weight'",
+        ),
+    ],
+)
+def test_wrappers_that_a_model_goes_past_are_refused(make: Callable[[], nn.Module], message: str) -> None:
+    model = make()
+    before, layer = snapshot(model), model.b
+    attributes = {key: copy.copy(value) for key, value in vars(layer).items()}
+    with pytest.raises(ConversionError, match=message):
+        binarize(model, torch.zeros(2, 4), activations="ste", adaptive_set=True, gradient_branch=0.1)
+    assert_same(before, snapshot(model))
+    assert model.b is layer and type(layer) is nn.Linear and vars(layer).keys() == attributes.keys()
+    assert binarize(model, torch.zeros(2, 4), activations="ste").binarized == ["b"]
+
+
 def test_example_input_of_zeros_only_gives_the_shape() -> None:
     def model() -> nn.Sequential:
         torch.manual_seed(1)
