@@ -45,6 +45,9 @@ class BinaryActivation(nn.Module):
     average of the first training batches that turns into an exponential one. It changes neither sign(x) nor what is
     deployed; a binarizer whose forward is not sign(x), such as ``biper``, sees x / rms there too.
 
+    Activation checkpointing gives the same gradients where a layer is called once before each backward. What it
+    computes again takes the RMS as it is then: of several calls, all but the last get a slope at another one.
+
     Shape: any, unchanged. The input is floating-point; the output is ±1 in the same dtype.
 
     Args:
