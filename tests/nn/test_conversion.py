@@ -390,6 +390,27 @@ def test_transformer_layers_read_weights_without_calling(batch_first: bool) -> N
     trains(model, x)
 
 
+def test_linear_layers_of_a_fast_path_stay_float_even_if_the_example_does_not_take_it() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    model = nn.Sequential(nn.Linear(4, 8), layer, nn.Linear(8, 8), nn.Linear(8, 3))
+    handle = layer.register_forward_hook(lambda *_: None)
+    assert binarize(model, torch.zeros(2, 5, 4)).binarized == ["2"]
+    handle.remove()
+    x = torch.randn(2, 5, 4)
+    model.eval()
+    with torch.no_grad():
+        fused = model(x)
+    torch.testing.assert_close(fused, model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [{"batch_first": False}, {"bias": False}, {"nhead": 1}, {"activation": torch.tanh}])
+def test_linear_layers_without_a_fast_path_are_binarised(change: dict[str, Any]) -> None:
+    options = {"nhead": 2, "batch_first": True, **change}
+    layer = nn.TransformerEncoderLayer(8, dim_feedforward=16, **options)
+    model = nn.Sequential(nn.Linear(4, 8), layer, nn.Linear(8, 3))
+    assert binarize(model, torch.zeros(2, 5, 4)).binarized == ["1.linear1", "1.linear2"]
+
+
 def test_already_binary() -> None:
     model = nn.Sequential(*stem(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), *head())
     binarize(model, keep_float="4")
