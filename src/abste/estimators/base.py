@@ -191,7 +191,7 @@ class Binarizer(nn.Module, ABC):
         """:meth:`binarize`: same shape and dtype as x, values ±1. The gradient is :meth:`backward`'s."""
         if not x.is_floating_point():
             raise ConfigError(f"{type(self).__name__} needs a floating-point input, got {x.dtype}.")
-        return cast(Tensor, _Binarize.apply(x, self, *self.taps()))
+        return cast(Tensor, _Binarize.apply(x, self, *taps_for(self, x)))
 
     @property
     def title(self) -> str:
@@ -234,6 +234,15 @@ class Binarizer(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={getattr(self, name):g}" for name in self.defaults)
+
+
+def taps_for(binarizer: Binarizer, x: Tensor) -> tuple[Tensor, ...]:
+    """:meth:`Binarizer.taps` for a forward with x.
+
+    Measurements, which are no parameters, are left out where x needs no gradient: a frozen network builds no graph.
+    """
+    taps = binarizer.taps()
+    return taps if x.requires_grad else tuple(t if isinstance(t, nn.Parameter) else t.detach() for t in taps)
 
 
 class Estimator(Binarizer):
