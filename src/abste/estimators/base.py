@@ -39,6 +39,8 @@ def sign(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def clip_gradient(grad: Tensor, x: Tensor, t: float) -> Tensor:
     """``grad`` where |x| <= t and zero elsewhere: a new tensor, or ``grad`` itself if t is infinite.
 
+    Where x is NaN it is either, depending on the place in memory: to ask would take another pass over x.
+
     Args:
         grad: gradient, of the shape and dtype of ``x``.
         x: any shape, floating point.
