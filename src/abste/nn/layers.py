@@ -103,7 +103,13 @@ class BinaryActivation(nn.Module):
         """sign(input)."""
         _check_float(self, input)
         inverse = self.inverse_rms(input)
-        return self.estimator(input if inverse is None else input * inverse.to(input.dtype))
+        if inverse is None:
+            return self.estimator(input)
+        x = input * inverse.to(input.dtype)
+        if x.dtype == torch.float16 and self.estimator.is_sign:
+            # A product that is too small for float16 keeps its sign: -0.0 would become +1.
+            x = x - ((x == 0) & (input < 0)).to(x.dtype) * 2.0**-24
+        return self.estimator(x)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
