@@ -170,7 +170,8 @@ class Binarizer(nn.Module, ABC):
         for name, value in given.items():
             if name not in self.defaults:
                 raise ConfigError(_no_argument(owner, name, self.defaults))
-            setattr(self, name, self.defaults[name]["weights"] if value is None else number(owner, name, value))
+            default = self.defaults[name][self.roles[0]]
+            setattr(self, name, default if value is None else number(owner, name, value))
         self._by_role = frozenset(name for name, value in given.items() if value is None)
         self.check()
 
