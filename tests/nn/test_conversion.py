@@ -611,6 +611,14 @@ def test_remedies_that_do_not_apply() -> None:
     assert_same(before, snapshot(linear))
 
 
+def test_a_first_operation_in_place_does_not_reach_the_example_input() -> None:
+    model = nn.Sequential(nn.Hardtanh(inplace=True), *stem(), nn.Conv2d(8, 8, 3), *head())
+    x = 3 * torch.randn(2, 3, 8, 8)
+    before = x.clone()
+    assert binarize(model, x).binarized == ["3"]
+    assert torch.equal(x, before)
+
+
 class Listed(nn.Module):
     """Calls its layers through a list of Python."""
 

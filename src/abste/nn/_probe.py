@@ -228,7 +228,10 @@ def probe(model: nn.Module, layers: list[nn.Module], example: tuple[Any, ...]) -
     with untouched(model), _eagerly():
         for gradients in (False, True):
             flow = _DataFlow(list(traces.values()))
-            for leaf in tree_leaves(inputs):
+            # A first operation in place is not felt outside; and a tensor that is given twice stays one.
+            copies = {leaf: leaf.clone() for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)}
+            given = tree_map_only(Tensor, copies.__getitem__, inputs)
+            for leaf in tree_leaves(given):
                 flow.step(None, leaf)
             for trace in traces.values():
                 trace.calls.clear()
@@ -237,7 +240,7 @@ def probe(model: nn.Module, layers: list[nn.Module], example: tuple[Any, ...]) -
                 norm.__class__ = _sampling(classes[norm])
             try:
                 with torch.set_grad_enabled(gradients), flow:
-                    model(*inputs)
+                    model(*given)
             finally:
                 for module, cls in classes.items():
                     module.__class__ = cls
