@@ -248,6 +248,11 @@ def test_an_estimator_of_the_user() -> None:
         def backward(self, grad: Tensor, x: Tensor) -> Tensor:
             return grad * self.c
 
+    class ForActivations(Mine):
+        roles = ("activations",)
+        defaults = {"c": {"activations": 2.0}}
+
+    assert ForActivations().c == 2.0 and resolve(ForActivations(), "activations") is not None
     mine = resolve(Mine(), "activations")
     assert mine is not None
     x = torch.randn(3, requires_grad=True)

@@ -213,6 +213,22 @@ def test_rate_limit_schedule_and_what_is_not_measured() -> None:
     assert float(blend.weight(x)) == pytest.approx(before, abs=0.2) and schedule.progress == 1
 
 
+def test_a_frozen_network_builds_no_graph() -> None:
+    spec = {"name": "ab_tanh", "blend": "equilibrium"}
+    layer = abste.nn.BinaryLinear(6, 4, weights=spec, activations=spec)
+    model = nn.Sequential(abste.nn.BinaryActivation(spec), layer)
+    x = torch.randn(9, 6)
+    assert model(x).requires_grad
+    model.requires_grad_(False)
+    assert not model(x).requires_grad
+    learned = ABTanh(blend=Learned())
+    assert learned(x).requires_grad, "what is learned needs no gradient of x"
+    y = x.clone().requires_grad_()
+    model(y).square().sum().backward()
+    taps = [m.blend._tap.grad is None for m in model.modules() if isinstance(m, ABTanh)]
+    assert taps == [False, True, False], "activations are measured, frozen weights are not"
+
+
 def test_state_of_an_equilibrium_survives() -> None:
     blend = Equilibrium(rho_start=2.0, rho_end=2.0)
     estimator = ABTanh(blend=blend)
@@ -250,7 +266,7 @@ def test_compiled_is_eager(blend: str) -> None:
     layer = abste.nn.BinaryLinear(6, 4, weights={"name": "ab_tanh", "blend": blend}, activations=ABTanh(blend=blend))
     twin = copy.deepcopy(layer)
     compiled = torch.compile(twin, backend="aot_eager")
-    x = torch.randn(9, 6)
+    x = torch.randn(9, 6, requires_grad=True)
     for model in (layer, compiled):
         model(x).square().sum().backward()
     for one, two in zip(layer.parameters(), twin.parameters(), strict=True):

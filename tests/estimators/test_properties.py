@@ -15,6 +15,7 @@ from torch import Tensor
 from abste import estimators
 from abste.errors import ConfigError
 from abste.estimators import STE, AdaptiveBlend, Binarizer, Constant, Estimator, clip_gradient, sign
+from abste.estimators.base import tanh_backward
 
 Make = Callable[..., Binarizer]
 
@@ -244,6 +245,15 @@ def test_half_precision_over_its_whole_range(name: str, make: Make, dtype: torch
         exponent = (size.clamp(min=1e-30) / size.max()).log().abs()
         tolerance = unit * (4 + 2 * exponent) * size + 4 * torch.finfo(dtype).smallest_normal
         assert ((half.float() - wide).abs() <= tolerance).all()
+
+
+def test_tanh_backward_in_float16_rounds_nothing_but_its_result() -> None:
+    x = torch.linspace(0.5, 1.2, 50).half()
+    grad = torch.full_like(x, 1e-3)
+    wide = tanh_backward(grad.double(), x.double(), 3.0, 50.0)
+    found = tanh_backward(grad, x, 3.0, 50.0)
+    assert found.dtype == torch.float16
+    torch.testing.assert_close(found.double(), wide, rtol=torch.finfo(torch.float16).eps, atol=0)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

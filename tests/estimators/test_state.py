@@ -131,6 +131,19 @@ def test_reaches_every_estimator_of_a_model() -> None:
     assert progress(model) == [0.5, 0.5, 0.5]
 
 
+def test_reaches_estimators_that_came_after_it() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    schedule = EstimatorSchedule(model, 4)
+    model[0] = ABTanh()
+    schedule.step()
+    assert progress(model) == [0.25]
+    model[1] = ReSTE()
+    schedule.load_state_dict(schedule.state_dict())
+    assert progress(model) == [0.25, 0.25]
+    schedule.step()
+    assert progress(model) == [0.5, 0.5]
+
+
 def test_a_new_schedule_starts_anew() -> None:
     estimator = ReSTE()
     EstimatorSchedule(estimator, 2).step()
@@ -206,6 +219,14 @@ def test_never_stepped_warns_once() -> None:
     model, optimizer = training()
     schedule = EstimatorSchedule(model, 100)
     assert steps(model, optimizer, 9) == 0
+    assert steps(model, optimizer, 30) == 1
+    assert schedule.last_step == 0
+
+
+def test_never_stepped_warns_of_estimators_that_came_after_it() -> None:
+    model, optimizer = training(STE())
+    schedule = EstimatorSchedule(model, 100)
+    model[1] = ABTanh()
     assert steps(model, optimizer, 30) == 1
     assert schedule.last_step == 0
 

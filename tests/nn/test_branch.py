@@ -167,6 +167,25 @@ def test_a_state_without_branches_is_complete() -> None:
         other.load_state_dict({key: value for key, value in lean.items() if key != "2.layer.weight"})
 
 
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_a_state_without_the_branch_begins_it_on_its_latents(adaptive: bool) -> None:
+    def build() -> nn.Module:
+        layer = BinaryLinear(6, 5, weights="ste", activations="ste")
+        return nn.Sequential(GradientBranch(AdaptiveSet(layer) if adaptive else layer))
+
+    ours, theirs = build(), build()
+    state = {key: value for key, value in ours.state_dict().items() if key != "0.branch"}
+    trained = torch.nn.init.ones_(theirs[0].branch).clone()
+    theirs.load_state_dict({}, strict=False)
+    assert torch.equal(theirs[0].branch, trained)
+    copy.deepcopy(theirs).load_state_dict(state)
+    assert torch.equal(theirs[0].branch, trained)
+    theirs.load_state_dict(state)
+    assert torch.equal(theirs[0].branch, ours[0].branch)
+    theirs.load_state_dict({**state, "0.branch": trained})
+    assert torch.equal(theirs[0].branch, trained)
+
+
 def test_removing_branches() -> None:
     model = network().eval()
     x = torch.randn(3, 6)

@@ -390,6 +390,27 @@ def test_transformer_layers_read_weights_without_calling(batch_first: bool) -> N
     trains(model, x)
 
 
+def test_linear_layers_of_a_fast_path_stay_float_even_if_the_example_does_not_take_it() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    model = nn.Sequential(nn.Linear(4, 8), layer, nn.Linear(8, 8), nn.Linear(8, 3))
+    handle = layer.register_forward_hook(lambda *_: None)
+    assert binarize(model, torch.zeros(2, 5, 4)).binarized == ["2"]
+    handle.remove()
+    x = torch.randn(2, 5, 4)
+    model.eval()
+    with torch.no_grad():
+        fused = model(x)
+    torch.testing.assert_close(fused, model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [{"batch_first": False}, {"bias": False}, {"nhead": 1}, {"activation": torch.tanh}])
+def test_linear_layers_without_a_fast_path_are_binarised(change: dict[str, Any]) -> None:
+    options = {"nhead": 2, "batch_first": True, **change}
+    layer = nn.TransformerEncoderLayer(8, dim_feedforward=16, **options)
+    model = nn.Sequential(nn.Linear(4, 8), layer, nn.Linear(8, 3))
+    assert binarize(model, torch.zeros(2, 5, 4)).binarized == ["1.linear1", "1.linear2"]
+
+
 def test_already_binary() -> None:
     model = nn.Sequential(*stem(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), *head())
     binarize(model, keep_float="4")
@@ -588,6 +609,53 @@ def test_remedies_that_do_not_apply() -> None:
     with pytest.raises(ConversionError, match=r"nothing to binarise.*2: its input is never negative"):
         binarize(linear, torch.zeros(9, 6), weights=None, activations="ste", unsigned_inputs="weights_only")
     assert_same(before, snapshot(linear))
+
+
+def test_a_first_operation_in_place_does_not_reach_the_example_input() -> None:
+    model = nn.Sequential(nn.Hardtanh(inplace=True), *stem(), nn.Conv2d(8, 8, 3), *head())
+    x = 3 * torch.randn(2, 3, 8, 8)
+    before = x.clone()
+    assert binarize(model, x).binarized == ["3"]
+    assert torch.equal(x, before)
+
+
+class Listed(nn.Module):
+    """Calls its layers through a list of Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.steps = [self.a, self.b, self.c]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
+def reads_dtype(self: Any, x: Tensor) -> Tensor:
+    return self.c(self.b(self.a(x).to(self.b.weight.dtype)))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (Listed, "^b is called through another reference than its name, past the GradientBranch"),
+        (
+            lambda: Lambda(reads_dtype, a=nn.Linear(4, 4), b=nn.Linear(4, 4), c=nn.Linear(4, 4)),
+            "^with modules put around layers .* 'GradientBranch' object has no attribute 'weight'",
+        ),
+    ],
+)
+def test_wrappers_that_a_model_goes_past_are_refused(make: Callable[[], nn.Module], message: str) -> None:
+    model = make()
+    before, layer = snapshot(model), model.b
+    attributes = {key: copy.copy(value) for key, value in vars(layer).items()}
+    with pytest.raises(ConversionError, match=message):
+        binarize(model, torch.zeros(2, 4), activations="ste", adaptive_set=True, gradient_branch=0.1)
+    assert_same(before, snapshot(model))
+    assert model.b is layer and type(layer) is nn.Linear and vars(layer).keys() == attributes.keys()
+    assert binarize(model, torch.zeros(2, 4), activations="ste").binarized == ["b"]
 
 
 def test_example_input_of_zeros_only_gives_the_shape() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import abste
 from abste.errors import ConfigError
@@ -96,6 +97,26 @@ def test_only_two_binary_operands_make_a_binary_mac() -> None:
     }
     assert sizes["W32A1"]["binary_parameters"] == 0
     assert sizes["W32A1"]["packed_bytes"] == sizes["W32A1"]["float_bytes"] == 4 * 144
+
+
+@pytest.mark.parametrize(
+    ("compute", "extra"),
+    [
+        (lambda layer: prune.identity(layer, "weight"), 0),
+        (nn.utils.parametrizations.weight_norm, 8),
+        (nn.utils.parametrizations.orthogonal, 0),
+        (nn.utils.weight_norm, 8),
+    ],
+    ids=["prune", "parametrizations.weight_norm", "parametrizations.orthogonal", "weight_norm"],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_weights_that_something_computes_are_binary(compute: Any, extra: int) -> None:
+    plain = BinaryConv2d(8, 8, 3, weights="ste", bias=False)
+    expected = abste.summary(nn.Sequential(plain), (1, 8, 6, 6))
+    found = abste.summary(nn.Sequential(compute(plain)), (1, 8, 6, 6))
+    assert found.binary_parameters == expected.binary_parameters == 576
+    assert found.float_parameters == extra and found.packed_bytes == expected.packed_bytes + 4 * extra
+    assert found.binary_macs == expected.binary_macs and found.float_macs == expected.float_macs
 
 
 def test_macs_of_other_layers() -> None:

@@ -548,6 +548,17 @@ def test_tiny_and_saturated_inputs(size: float, dtype: torch.dtype) -> None:
     assert torch.equal(x.grad, torch.zeros_like(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_small_inputs_keep_their_sign_whatever_the_rms(dtype: torch.dtype) -> None:
+    module = BinaryActivation("ste")
+    module(torch.full((4,), 1e4))
+    x = torch.tensor([-1e-7, 1e-7, -0.0, 0.0, -1.0], dtype=dtype, requires_grad=True)
+    y = module.eval()(x)
+    assert y.dtype == dtype and y.tolist() == [-1, 1, 1, 1, -1]
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, torch.full_like(x, 1e-4), rtol=1e-2, atol=0)
+
+
 # ---- running RMS
 
 

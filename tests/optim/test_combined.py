@@ -31,7 +31,11 @@ def three(p: list[nn.Parameter]) -> Combined:
     return Combined(Muon(p[:1]), Bop(p[1:2], gamma=0.3), torch.optim.Adam(p[2:]))
 
 
-@pytest.mark.parametrize("make", [muon_and_sgd, bop_and_adam, three])
+def muon_and_adagrad(p: list[nn.Parameter]) -> Combined:
+    return Combined(Muon(p[:2]), torch.optim.Adagrad(p[2:], lr=0.1))
+
+
+@pytest.mark.parametrize("make", [muon_and_sgd, bop_and_adam, three, muon_and_adagrad])
 def test_resumes(resumes: Callable[..., None], make: Any) -> None:
     resumes(make, SHAPES)
 
@@ -96,6 +100,38 @@ def test_what_cannot_be_combined() -> None:
         Combined(Muon(p[:2]), torch.optim.SGD(p[1:], lr=0.1))
     with pytest.raises(ConfigError, match="add groups to the optimizers before they are combined"):
         Combined(Muon(p[:2])).add_param_group({"params": [p[3]]})
+
+    with pytest.raises(ConfigError, match="some optimizers have names of their parameters"):
+        Combined(Muon([("a", p[0])]), torch.optim.SGD(p[2:], lr=0.1))
+
+
+def test_each_optimizer_has_the_state_of_its_own_parameters() -> None:
+    p = parameters()
+    muon = Muon(p[:2])
+    for x in p:
+        x.grad = torch.ones_like(x)
+    muon.step()
+    adagrad = torch.optim.Adagrad(p[2:])
+    both = Combined(muon, adagrad)  # Adagrad looks for its own entries in any state it holds
+    both.step()
+    for _ in range(2):
+        assert set(muon.state_dict()["state"]) == {0, 1} and set(adagrad.state_dict()["state"]) == {0, 1, 2}
+        assert set(both.state) == set(p) and len(both.state) == 5 and p[4] in both.state
+        assert both.state[p[0]] is muon.state[p[0]] and both.state[p[2]] is adagrad.state[p[2]]
+        both.load_state_dict(both.state_dict())
+    both.state.clear()
+    assert both.state.get(p[0]) is None and not muon.state and not adagrad.state
+
+
+def test_groups_that_come_later_are_refused() -> None:
+    p = parameters()
+    sgd = torch.optim.SGD(p[2:4], lr=0.1)
+    both = Combined(Muon(p[:2]), sgd)
+    state = both.state_dict()
+    sgd.add_param_group({"params": [p[4]]})
+    for use in (both.step, lambda: both.load_state_dict(state)):
+        with pytest.raises(ConfigError, match="the groups of one of the optimizers have changed"):
+            use()
 
 
 def test_no_step_reads_from_the_device() -> None:

@@ -39,6 +39,8 @@ def sign(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def clip_gradient(grad: Tensor, x: Tensor, t: float) -> Tensor:
     """``grad`` where |x| <= t and zero elsewhere: a new tensor, or ``grad`` itself if t is infinite.
 
+    Where x is NaN it is either, depending on the place in memory: to ask would take another pass over x.
+
     Args:
         grad: gradient, of the shape and dtype of ``x``.
         x: any shape, floating point.
@@ -62,8 +64,10 @@ def tanh_backward(grad: Tensor, x: Tensor, s: Tensor | float, factor: Tensor | f
         x: any shape, floating point.
         s, factor: numbers, or scalar tensors.
     """
+    if x.dtype == torch.float16:  # whose range is too narrow for what comes between
+        return tanh_backward(grad.float(), x.float(), s, factor).to(x.dtype)
     # 1 - tanh(z)^2 = 4 p (1 - p) with p = sigmoid(-2|z|): much faster than tanh on CPU, and it keeps its relative
-    # precision in the tails, also in half precision.
+    # precision in the tails, in bfloat16 too.
     p = x.abs().mul_(-2.0 * s).sigmoid_()
     return torch.ops.aten.sigmoid_backward.grad_input(grad, p, grad_input=p).mul_(4.0 * factor)
 
@@ -166,7 +170,8 @@ class Binarizer(nn.Module, ABC):
         for name, value in given.items():
             if name not in self.defaults:
                 raise ConfigError(_no_argument(owner, name, self.defaults))
-            setattr(self, name, self.defaults[name]["weights"] if value is None else number(owner, name, value))
+            default = self.defaults[name][self.roles[0]]
+            setattr(self, name, default if value is None else number(owner, name, value))
         self._by_role = frozenset(name for name, value in given.items() if value is None)
         self.check()
 
@@ -191,7 +196,7 @@ class Binarizer(nn.Module, ABC):
         """:meth:`binarize`: same shape and dtype as x, values ±1. The gradient is :meth:`backward`'s."""
         if not x.is_floating_point():
             raise ConfigError(f"{type(self).__name__} needs a floating-point input, got {x.dtype}.")
-        return cast(Tensor, _Binarize.apply(x, self, *self.taps()))
+        return cast(Tensor, _Binarize.apply(x, self, *taps_for(self, x)))
 
     @property
     def title(self) -> str:
@@ -234,6 +239,15 @@ class Binarizer(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={getattr(self, name):g}" for name in self.defaults)
+
+
+def taps_for(binarizer: Binarizer, x: Tensor) -> tuple[Tensor, ...]:
+    """:meth:`Binarizer.taps` for a forward with x.
+
+    Measurements, which are no parameters, are left out where x needs no gradient: a frozen network builds no graph.
+    """
+    taps = binarizer.taps()
+    return taps if x.requires_grad else tuple(t if isinstance(t, nn.Parameter) else t.detach() for t in taps)
 
 
 class Estimator(Binarizer):

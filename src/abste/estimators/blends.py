@@ -171,7 +171,9 @@ class Equilibrium(Blend, Annealed):
     or 1 where the budget is never spent. The moments are those of the estimator's own backward: of up to 65,536
     numbers a layer, evenly spaced; summed over micro-batches and, where torch.distributed is initialised, over all
     processes; in units of mA, since the gradient shrinks over training; smoothed; and a moves by ``slew`` a step at
-    most. :class:`~abste.estimators.EstimatorSchedule` moves it on, and has to step in all processes.
+    most. :class:`~abste.estimators.EstimatorSchedule` moves it on, and has to step in all processes. Nothing is
+    measured where the input needs no gradient, nor by ``backward(inputs=...)`` and ``torch.autograd.grad``: only by a
+    plain ``backward()``.
 
     Our own contribution, not the paper's.
 

@@ -22,9 +22,9 @@ _PATIENCE = 10
 class EstimatorSchedule:
     """Moves every annealed estimator and blend of a model through training; steps like an ``lr_scheduler``.
 
-    Make it after the model is converted, and call :meth:`step` once after each ``optimizer.step()``. If an optimizer
-    of the model's parameters steps ten times and the schedule never does, it warns once, since the estimators then
-    stay as they are.
+    Call :meth:`step` once after each ``optimizer.step()``. If an optimizer of the model's parameters steps ten times
+    and the schedule never does, it warns once, since the estimators then stay as they are. Estimators may come or go,
+    as by ``convert``, until the first step; one that comes later is taken in by :meth:`load_state_dict`.
 
     Args:
         model: the model, or any module that holds the estimators.
@@ -37,15 +37,15 @@ class EstimatorSchedule:
     def __init__(self, model: nn.Module, total_steps: int) -> None:
         self.total_steps = _count("total_steps", total_steps, 1)
         self.last_step = 0
-        self._annealed = [module for module in model.modules() if isinstance(module, Annealed)]
-        self._equilibria = [module for module in self._annealed if isinstance(module, Equilibrium)]
+        self._model = model
+        self._find()
         self._apply()
         self._parameters = {id(parameter) for parameter in model.parameters()}
         self._idle: Counter[int] = Counter()  # steps of each optimizer; one may be made of several
-        if self._annealed:
-            _WAITING.add(self)
-            if not _HOOKS:
-                _HOOKS.append(register_optimizer_step_post_hook(_after_step))
+        self._stepped = False
+        _WAITING.add(self)
+        if not _HOOKS:
+            _HOOKS.append(register_optimizer_step_post_hook(_after_step))
 
     @property
     def progress(self) -> float:
@@ -54,6 +54,9 @@ class EstimatorSchedule:
 
     def step(self) -> None:
         """Count one optimizer step."""
+        if not self._stepped:  # not at every step, since it takes as long as setting a few of them
+            self._stepped = True
+            self._find()
         self.last_step += 1
         self._apply()
         Equilibrium.settle(self._equilibria)
@@ -72,7 +75,12 @@ class EstimatorSchedule:
         last_step = _count("last_step in the state", state.get("last_step"), 0)
         self.total_steps = _count("total_steps in the state", state.get("total_steps"), 1)
         self.last_step = last_step
+        self._find()
         self._apply()
+
+    def _find(self) -> None:
+        self._annealed = [module for module in self._model.modules() if isinstance(module, Annealed)]
+        self._equilibria = [module for module in self._annealed if isinstance(module, Equilibrium)]
 
     def _apply(self) -> None:
         for module in self._annealed:
@@ -97,6 +105,9 @@ def _after_step(optimizer: Any, *_: Any) -> None:
             schedule._idle[id(optimizer)] += 1
             if schedule._idle[id(optimizer)] == _PATIENCE:
                 _WAITING.discard(schedule)
+                schedule._find()
+                if not schedule._annealed:
+                    continue
                 warnings.warn(
                     f"the optimizer has stepped {_PATIENCE} times but EstimatorSchedule.step() was never called: the "
                     "estimators stay as they are; call schedule.step() after optimizer.step().",

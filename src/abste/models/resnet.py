@@ -199,7 +199,8 @@ class CifarResNet(nn.Module):
             `pooled_projection`.
         init: where convolutions and classifier start: ``"kaiming"``, his normal distribution (fan-in, ReLU), with no
             bias; or ``"default"``, that of torch's layers: uniform within ±1/sqrt(fan-in), the bias too. ReSTE's code
-            has the first for ResNet-20 (but torch's bias) and ImageNet, and the second for CIFAR's ResNet-18.
+            has the first for ResNet-20 (but torch's bias) and for ImageNet (convolutions alone: the classifier there is
+            torch's), and the second for CIFAR's ResNet-18.
 
     Raises:
         ConfigError: a count is not a positive integer, or there is not one for each stage; an unknown ``init``; in the

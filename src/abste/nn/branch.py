@@ -59,8 +59,9 @@ class GradientBranch(nn.Module):
     batch. So the branch adds a gradient of the size eta |g_b|, which no clip of an estimator has cut.
 
     Costs another convolution in the forward and two in the backward; nothing outside training, where the branch is not
-    run. Nor is it exported, and ``summary`` does not count it. A state dict without the key ``branch`` loads; and
-    :func:`remove_branches` takes branches out of a trained model, whose names are then those of a model without.
+    run. Nor is it exported, and ``summary`` does not count it. A state dict without the key ``branch`` loads, and makes
+    the branch a copy of the latents in it; and :func:`remove_branches` takes branches out of a trained model, whose
+    names are then those of a model without.
 
     lam is the present backward's own, so that nothing is kept: with gradient accumulation each part has its own, and
     each process of a distributed run, too.
@@ -93,6 +94,8 @@ class GradientBranch(nn.Module):
             raise ConfigError(f"GradientBranch: eta must lie in [0, 1e4], got {eta}.")
         self.layer = layer
         self.branch = nn.Parameter(self._core().weight.detach().clone())
+        self._lost = False  # whether a state that is being loaded lacks it
+        self.register_load_state_dict_post_hook(_follow)
 
     def reset_parameters(self) -> None:
         """Draw the latents anew, and make the branch a copy of them.
@@ -134,10 +137,17 @@ class GradientBranch(nn.Module):
         lost: list[str] = []  # a state without the branch is complete: nothing outside training needs it
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, lost, unexpected_keys, error_msgs)
         missing_keys += [key for key in lost if key != f"{prefix}branch"]
+        self._lost = bool(lost) and any(key.startswith(f"{prefix}layer.") for key in state_dict)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
         return f"eta={self.eta:g}"
+
+
+def _follow(branch: GradientBranch, _: Any) -> None:
+    """Once the latents have been loaded: begin on them, as a new branch does."""
+    if branch._lost:
+        branch.reset_branch()
 
 
 def remove_branches(model: nn.Module) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from copy import copy
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import chain
@@ -154,7 +155,8 @@ def convert(
         A report of every module with a weight.
 
     Raises:
-        ConversionError: nothing to binarise; unsigned inputs; the model fails on ``example_input``.
+        ConversionError: nothing to binarise; unsigned inputs; the model fails on ``example_input``, or once modules are
+            put around layers; or it calls such a layer past them, by a reference other than its name.
         ConfigError: an unknown estimator or option. After either, the model is as it was.
     """
     options: dict[str, Any] = {
@@ -242,17 +244,55 @@ def convert(
             for module, all_names in names.items()
         )
     )
+    before = {module: _state_of(module) for module in plans}
     for module, (own_activations, _) in plans.items():
         _make_binary(module, weights, own_activations, options, pad_value)
+    wrapped: dict[nn.Module, nn.Module] = {}
     for module in plans:
         outer = around(module)
         if module in norms:
             outer = nn.Sequential(OrderedDict(norm=norms[module], layer=outer))
         if outer is not module:
             outer.train(module.training)
+            wrapped[module] = outer
             for name in names[module]:
                 model.set_submodule(name, outer)
+    try:
+        _check_wrapped(model, wrapped, names, example_input)
+    except ConversionError:
+        for module in wrapped:
+            for name in names[module]:
+                model.set_submodule(name, module)
+        for module, (cls, attributes) in before.items():
+            module.__class__ = cls
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+        raise
     return report
+
+
+def _state_of(module: nn.Module) -> tuple[type[nn.Module], dict[str, Any]]:
+    """Class and attributes, to put back."""
+    changed = ("_modules", "_parameters")
+    return type(module), {key: copy(value) if key in changed else value for key, value in vars(module).items()}
+
+
+def _check_wrapped(
+    model: nn.Module, wrapped: dict[nn.Module, nn.Module], names: dict[nn.Module, list[str]], example_input: Any
+) -> None:
+    """Raise unless the model still runs, and every call of a layer goes through what is around it."""
+    if not wrapped:
+        return
+    try:
+        traces = _run_probe(model, [*wrapped, *wrapped.values()], example_input)
+    except ConversionError as error:
+        raise ConversionError(f"with modules put around layers (norms, adaptive sets, branches), {error}") from error
+    for module, outer in wrapped.items():
+        if len(traces[id(module)].calls) != len(traces[id(outer)].calls):
+            raise ConversionError(
+                f"{names[module][0]} is called through another reference than its name, past the "
+                f"{type(outer).__name__} put around it: let the model call it by its name, or name it in keep_float."
+            )
 
 
 def _check(

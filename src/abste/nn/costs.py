@@ -17,6 +17,7 @@ from abste.errors import ConfigError
 from abste.nn._probe import first_line, untouched
 from abste.nn.branch import GradientBranch
 from abste.nn.layers import BINARY_LAYERS
+from abste.nn.parameters import _latents
 from abste.nn.pieces import AdaptiveSet
 
 _COLUMNS = {
@@ -174,7 +175,7 @@ def summary(model: nn.Module, input_size: Sequence[int], *, dtype: torch.dtype |
     finally:
         for hook in hooks:
             hook.remove()
-    seen: set[nn.Parameter] = set()
+    seen: set[Tensor] = set()
     rows = [_cost(name or "(model)", m, shapes.get(m, ()), macs.get(m, (0, 0)), seen) for name, m in owners.items()]
     return Summary(tuple(rows), size)
 
@@ -186,16 +187,16 @@ def _counts(module: nn.Module) -> bool:
     return owns or isinstance(module, nn.Linear | _ConvNd | _BatchNorm)
 
 
-def _cost(
-    name: str, module: nn.Module, shape: tuple[int, ...], macs: tuple[int, int], seen: set[nn.Parameter]
-) -> LayerCost:
+def _cost(name: str, module: nn.Module, shape: tuple[int, ...], macs: tuple[int, int], seen: set[Tensor]) -> LayerCost:
     binary = module if isinstance(module, BINARY_LAYERS) and module.weight_binarizer is not None else None
     bits = ones = floats = scales = 0
-    for key, parameter in module._parameters.items():
+    latents = _latents(binary) if binary is not None else []
+    of_latents = set(latents)
+    for parameter in dict.fromkeys((*module._parameters.values(), *latents)):  # a parametrization holds its own
         if parameter is None or parameter in seen:  # a shared one is stored once
             continue
         seen.add(parameter)
-        if key == "weight" and binary is not None:
+        if parameter in of_latents and binary is not None:
             bits = parameter.numel()
             channels = parameter.shape[0]
             scales = {"channel": channels, "std": channels, "tensor": 1}.get(binary.scale or "", 0)

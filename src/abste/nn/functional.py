@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from abste.estimators import Binarizer
+from abste.estimators.base import taps_for
 
 _FEW_OUTPUTS = 16  # places per image up to which the gradient of a weight is a product of matrices, on a CPU
 
@@ -210,5 +211,5 @@ def contract(
         weight = weight.to(torch.get_autocast_dtype(device))
     if binarizer is None:
         x = x.to(weight.dtype)
-    taps = () if binarizer is None else binarizer.taps()
+    taps = () if binarizer is None else taps_for(binarizer, x)
     return cast(Tensor, _Contract.apply(x, weight, scale, inverse_rms, binarizer, op, *taps))

@@ -45,6 +45,9 @@ class BinaryActivation(nn.Module):
     average of the first training batches that turns into an exponential one. It changes neither sign(x) nor what is
     deployed; a binarizer whose forward is not sign(x), such as ``biper``, sees x / rms there too.
 
+    Activation checkpointing gives the same gradients where a layer is called once before each backward. What it
+    computes again takes the RMS as it is then: of several calls, all but the last get a slope at another one.
+
     Shape: any, unchanged. The input is floating-point; the output is ±1 in the same dtype.
 
     Args:
@@ -100,7 +103,13 @@ class BinaryActivation(nn.Module):
         """sign(input)."""
         _check_float(self, input)
         inverse = self.inverse_rms(input)
-        return self.estimator(input if inverse is None else input * inverse.to(input.dtype))
+        if inverse is None:
+            return self.estimator(input)
+        x = input * inverse.to(input.dtype)
+        if x.dtype == torch.float16 and self.estimator.is_sign:
+            # A product that is too small for float16 keeps its sign: -0.0 would become +1.
+            x = x - ((x == 0) & (input < 0)).to(x.dtype) * 2.0**-24
+        return self.estimator(x)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""

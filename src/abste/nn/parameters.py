@@ -24,11 +24,12 @@ def latent_weights(model: nn.Module) -> list[Tensor]:
 
 
 def _latents(layer: BinaryConv1d | BinaryConv2d | BinaryLinear) -> list[Tensor]:
-    """A layer's weight; where something computes it (parametrizations, pruning), what it is computed from."""
+    """A layer's weight; where something computes it (parametrizations, pruning, norms), what it is computed from."""
     if parametrize.is_parametrized(layer, "weight"):
         originals = cast(nn.ModuleDict, layer.parametrizations)["weight"].parameters()
         return [original for original in originals if original.shape == layer.weight.shape]
-    return [cast(Tensor, getattr(layer, "weight_orig", layer.weight))]
+    # The names of pruning and spectral norm, and of weight norm.
+    return [cast(Tensor, getattr(layer, "weight_orig", getattr(layer, "weight_v", layer.weight)))]
 
 
 def parameter_groups(
