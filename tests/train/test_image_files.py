@@ -24,6 +24,7 @@ from torchvision.transforms import v2
 import abste
 from abste.cli import main
 from abste.data import open_files, write_shards
+from abste.deploy.runs import export_run
 from abste.errors import CheckpointError, ConfigError, DataError
 from abste.runtime.image import read_image
 from abste.train import Recipe, evaluate, fit, load_recipe
@@ -213,6 +214,26 @@ def test_other_data_than_the_run_began_with(photos: Path, tmp_path: Path) -> Non
     ):
         evaluate(tmp_path / "r", mine)
     fit(small("data.workers=0"), photos, tmp_path / "r", resume=True, progress=False)  # where it is does not matter
+
+
+def test_a_hold_out_of_changed_files_is_not_evaluated_on(tmp_path: Path) -> None:
+    photos = make_folder(tmp_path / "photos", {"": 8})
+    fit(small("data.workers=0", "train.epochs=1"), photos, tmp_path / "r", progress=False)
+    assert evaluate(tmp_path / "r", photos)["split"] == "held_out"
+    for name in CLASSES:
+        noise(90).save(photos / name / "!new.jpg")
+    message = r"the images of .*photos are not those that run .*r began with, .* trained on some that are held out now"
+    for use in (
+        lambda: evaluate(tmp_path / "r", photos),
+        lambda: export_run(tmp_path / "r", tmp_path / "x.abste", photos),
+    ):
+        with pytest.raises(DataError, match=message):
+            use()
+    assert not (tmp_path / "x.abste").exists()
+    data = json.loads((tmp_path / "r" / "data.json").read_text())
+    del data["fingerprint"]  # as of earlier versions
+    (tmp_path / "r" / "data.json").write_text(json.dumps(data))
+    assert evaluate(tmp_path / "r", photos)["split"] == "held_out"
 
 
 @pytest.mark.parametrize(
