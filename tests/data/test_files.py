@@ -155,6 +155,32 @@ def test_errors_of_folders(folder: Path, spoil: Callable[[Path], object], messag
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (("Train", "Val"), ("Train", "train")),
+        (("training", "validation"), ("training", "train")),
+        (("train", "valid"), ("valid", "val")),
+        (("train", "VAL"), ("VAL", "val")),
+        (("train", "Testing"), ("Testing", "test")),
+    ],
+)
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_splits_under_other_names(
+    folder: Path, shards: Path, kind: str, names: tuple[str, str], told: tuple[str, str]
+) -> None:
+    root = folder if kind == "folder" else shards
+    for split, name in zip(("train", "val"), names, strict=True):
+        (root / split).rename(root / name)
+    with pytest.raises(DataError, match=f"has the folder '{told[0]}' where a split is called '{told[1]}'; rename it"):
+        open_files(kind, root)
+
+
+def test_classes_may_be_called_as_splits_are(tmp_path: Path) -> None:
+    root = make_folder(tmp_path, {"": 1}, classes=("Test", "Training", "validation"))
+    assert open_files("folder", root).train.classes == ("Test", "Training", "validation")
+
+
 def test_the_same_name_is_not_the_same_image(folder: Path) -> None:
     noise(77).save(folder / "val" / "dog" / "train001.jpg")
     open_files("folder", folder)

@@ -61,6 +61,7 @@ def open_files(
         if not folder.is_dir():
             what = f"{folder} is a file" if folder.exists() else f"There is no folder {folder}"
             raise DataError(f"{what}; give a folder with {layout}.")
+        _check_split_names(folder)
         tests = [test for test in TESTS if (folder / test).is_dir()]
         if not (folder / TRAIN).is_dir():
             if tests:
@@ -78,6 +79,20 @@ def open_files(
         for s in splits
     )
     return FileSplits(train, test[0] if test else None)
+
+
+_OTHER_NAMES = {"training": TRAIN, "valid": "val", "validation": "val", "testing": "test"}
+
+
+def _check_split_names(folder: Path) -> None:
+    """No split goes by another name, which would make a class of it, or pass it over."""
+    for name in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()):
+        meant = _OTHER_NAMES.get(name.lower(), name.lower())
+        if meant == name or meant not in (TRAIN, *TESTS):
+            continue
+        # A class may well be called so, but it holds images, and not folders or shards.
+        if any(_visible(e.name for e in os.scandir(folder / name) if e.is_dir() or e.name.endswith(".tar"))):
+            raise DataError(f"{folder} has the folder '{name}' where a split is called '{meant}'; rename it so.")
 
 
 def _check_classes(splits: list[Listing]) -> None:
