@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from photos import CLASSES, make_folder, noise
 from torchvision.datasets import ImageFolder
 
 import abste.data.shards as shards_module
-from abste.data import FILE_SETS, hold_out, open_files, write_shards
+from abste.data import FILE_SETS, FileSplits, hold_out, open_files, write_shards
 from abste.errors import ConfigError, DataError
 from abste.train.recipe import DATA_FILES
 
@@ -128,6 +130,19 @@ def one_class(root: Path) -> None:
             shutil.rmtree(root / split / name)
 
 
+def loop(root: Path) -> None:
+    (root / "train" / "cat" / "loop").symlink_to(".")
+
+
+def loop_above(root: Path) -> None:
+    (root / "train" / "cat" / "loop").symlink_to("../..")
+
+
+def not_utf8(root: Path) -> None:
+    for split in ("train", "val"):
+        (root / split / "cat").rename(os.fsdecode(os.fsencode(root / split) + b"/c\xe4t"))
+
+
 LAYOUT = r"train/CLASS/\*.jpg and val/CLASS/\*.jpg, or CLASS/\*.jpg alone\.$"
 
 
@@ -146,6 +161,9 @@ LAYOUT = r"train/CLASS/\*.jpg and val/CLASS/\*.jpg, or CLASS/\*.jpg alone\.$"
         (empty_class, "Class 'fox' has no images in .*train .*.jpg, .*; add some, or remove the class"),
         (one_class, "train has images of one class alone, 'cat'; give at least two"),
         (copied, "The image .*train/dog/train001.jpg is in .*val too; remove one of them"),
+        (loop, "train/cat/loop is reached by a link from within itself, so its images have no end; remove it"),
+        (loop_above, "cat/loop/train/cat is reached by a link from within itself"),
+        (not_utf8, r"The class 'c\\udce4t' in .*train is no name in UTF-8; rename its folder"),
     ],
 )
 def test_errors_of_folders(folder: Path, spoil: Callable[[Path], object], message: str) -> None:
@@ -328,6 +346,11 @@ def test_writing_shards(folder: Path, shards: Path, tmp_path: Path) -> None:
         write_shards(splits, shards)
     with pytest.raises(ConfigError, match="A shard of 0 images"):
         write_shards(splits, tmp_path / "x", images=0)
+    for name in (" cat", "cat\n", "c\nat", "c\x1cat"):
+        odd = FileSplits(replace(splits.train, classes=(name, *CLASSES[1:])), None)
+        with pytest.raises(DataError, match=r"The class '.*' has a line break, or space at an end, .*; rename it"):
+            write_shards(odd, tmp_path / "odd")
+        assert not (tmp_path / "odd").exists()
     missing = folder / "train" / "cat" / "train000.jpg"
     missing.unlink()
     with pytest.raises(DataError, match=r"Cannot read .*train000.jpg: No such file"):

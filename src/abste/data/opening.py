@@ -112,6 +112,11 @@ def _check_classes(splits: list[Listing]) -> None:
                     f"Class '{name}' has no images in {split.where} (files named {', '.join(EXTENSIONS)}); "
                     "add some, or remove the class."
                 )
+    for name in train.classes:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"The class {name!r} in {train.where} is no name in UTF-8; rename its folder.") from None
     if len(train.classes) < 2:
         raise DataError(f"{train.where} has images of one class alone, '{train.classes[0]}'; give at least two.")
 
@@ -166,7 +171,13 @@ def _images(folder: str) -> Iterator[str]:
         raise error
 
     found: list[tuple[str, list[str]]] = []
+    above: dict[str, list[tuple[int, int]]] = {}  # each folder and those that it lies in
     for inner, folders, files in os.walk(folder, followlinks=True, onerror=stop):
+        stat = os.stat(inner)
+        this, outer = (stat.st_dev, stat.st_ino), above.get(os.path.dirname(inner), [])
+        if this in outer:
+            raise DataError(f"{inner} is reached by a link from within itself, so its images have no end; remove it.")
+        above[inner] = [*outer, this]
         folders[:] = _visible(folders)
         found.append((inner, _visible(files)))
     for inner, files in sorted(found):

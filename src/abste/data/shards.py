@@ -259,10 +259,16 @@ def write_shards(splits: FileSplits, root: str | Path, *, images: int = 1000) ->
 
     Raises:
         ConfigError: fewer than one image in a shard.
-        DataError: the folder is not empty, or cannot be written, or an image cannot be read.
+        DataError: the folder is not empty, or cannot be written, or an image cannot be read, or a class has a name that
+            does not survive in a line of text.
     """
     if images < 1:
         raise ConfigError(f"A shard of {images} images holds nothing; give 1 or more.")
+    for name in splits.train.classes:
+        if name.strip() != name or name.splitlines() != [name]:
+            raise DataError(
+                f"The class {name!r} has a line break, or space at an end, which {CLASSES} cannot hold; rename it."
+            )
     root = Path(root)
     try:
         root.mkdir(parents=True, exist_ok=True)
