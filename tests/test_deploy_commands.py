@@ -129,6 +129,10 @@ def test_predict(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["export", "nothing", "x.abste"], "nothing holds no run of abste"),
         (["export", "run", "no/where.abste"], "cannot write"),
+        (["export", "run", "."], "cannot write .: what is there is no regular file; give another path"),
+        (["export", "run", ""], "cannot write .: what is there is no regular file; give another path"),
+        (["export", "run", "empty/x.abste"], "cannot write empty/x.abste: Not a directory"),
+        (["export", "run", "zoo:mine"], "zoo:mine is the name of a network of the zoo, which is read only; give"),
         (["inspect", "missing.abste"], "cannot load missing.abste: No such file"),
         (["inspect", "run/recipe.toml"], "recipe.toml: this is not an .abste file"),
         (["inspect", "empty"], "cannot load empty: it is empty"),
