@@ -141,8 +141,8 @@ def test_predict(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["verify", "run", "missing.abste"], "cannot read missing.abste: No such file"),
         (["verify", "run", "bit.abste"], "damaged"),
         (["verify", "run", "digits.abste", "--images", "0"], "must be at least 1, not 0"),
-        (["predict", "digits.abste", "missing.png"], "cannot read missing.png: it does not exist"),
-        (["predict", "digits.abste", "run/recipe.toml"], "it is no image that Pillow reads"),
+        (["predict", "digits.abste", "missing.png"], "cannot read missing.png: No such file"),
+        (["predict", "digits.abste", "run/recipe.toml"], "it is damaged, or no image that Pillow reads"),
         (["predict", "digits.abste", "a.png", "--top", "0"], "--top must be at least 1, not 0"),
         *[
             (["predict", "digits.abste", name], f"cannot read {name}: it has more than eight bits per channel")
