@@ -112,6 +112,13 @@ def test_predict(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["predict", "digits.abste", "large.jpg", "0.png"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "large.jpg:" and lines[4] == "0.png:" and len(lines) == 8
+    (folder / "bad.png").write_bytes(b"no image")
+    assert main(["predict", "digits.abste", "missing.png", "0.png", "bad.png", "1.png", "--top", "1"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[::2] == ["0.png:", "1.png:"] and len(captured.out.splitlines()) == 4
+    assert re.fullmatch(
+        r"abste: error: cannot read missing\.png: .*\nabste: error: cannot read bad\.png: .*\n", captured.err
+    )
     graph = abste_format.read((folder / "digits.abste").read_bytes())
     graph.classes = tuple(f"\x1b[31m{name}\N{SNOWMAN}" for name in net.classes or ())
     (folder / "odd.abste").write_bytes(abste_format.write(graph))

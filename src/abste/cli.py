@@ -630,7 +630,7 @@ def _hint_at_data(arguments: argparse.Namespace, checks: Sequence[Any]) -> None:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    from abste.errors import ConfigError
+    from abste.errors import ConfigError, DataError
     from abste.runtime import load
     from abste.runtime.image import classify
     from abste.runtime.inspect import printable
@@ -638,15 +638,21 @@ def _predict(arguments: argparse.Namespace) -> int:
     if arguments.top < 1:
         raise ConfigError(f"--top must be at least 1, not {arguments.top}.")
     network = load(arguments.file)
+    status = 0
     for image in arguments.images:
-        found = classify(network, image)[: arguments.top]
+        try:
+            found = classify(network, image)[: arguments.top]
+        except DataError as error:  # the others may be whole
+            print(f"abste: error: {error}", file=sys.stderr)
+            status = 2
+            continue
         if len(arguments.images) > 1:
             print(f"{image}:")
         found = [(printable(name), probability) for name, probability in found]
         width = max(len(name) for name, _ in found)
         for name, probability in found:
             print(f"{name:{width}}  {probability:7.2%}")
-    return 0
+    return status
 
 
 def _quickstart(arguments: argparse.Namespace) -> int:
