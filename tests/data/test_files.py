@@ -236,11 +236,15 @@ def test_the_index_is_kept_until_shards_change(shards: Path, monkeypatch: pytest
     again = open_files("shards", shards).train
     assert len(scans) == 2 and again.fingerprint() == first.fingerprint() and again.read(7) == first.read(7)
     index = shards / "train" / shards_module.INDEX
-    index.write_bytes(index.read_bytes()[:100])  # damaged
+    whole = index.read_bytes()
+    index.write_bytes(whole[:100])  # damaged
     assert open_files("shards", shards).train.read(7) == first.read(7) and len(scans) == 3
+    method = whole.index(b"PK\x01\x02") + 10  # of compression, which no zip file has so
+    index.write_bytes(whole[:method] + b"\x63" + whole[method + 1 :])
+    assert open_files("shards", shards).train.read(7) == first.read(7) and len(scans) == 4
     pack(shards / "train" / "000001.tar", {"a.jpg": jpeg(5), "a.cls": b"2"})
     changed = open_files("shards", shards).train
-    assert len(scans) == 4 and len(changed) == 8 and changed.read(5) == jpeg(5)
+    assert len(scans) == 5 and len(changed) == 8 and changed.read(5) == jpeg(5)
     assert not list(shards.rglob("*.npz.*"))
     index.unlink()
     index.mkdir()  # cannot be replaced, as in a folder that cannot be written

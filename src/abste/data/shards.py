@@ -13,7 +13,6 @@ import io
 import json
 import os
 import tarfile
-import zipfile
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -218,8 +217,8 @@ def _read_index(path: Path, stamps: list[list[Any]]) -> _Index | None:
                 return None
             names, labels = (_unpacked(kept[f"{what}_text"], kept[f"{what}_ends"]) for what in ("names", "labels"))
             return _Index(kept["shard"], kept["offset"], kept["size"], names, labels)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # none, or no longer whole: it is made again
+    except Exception:  # NumPy and zipfile have many words for what is no longer whole
+        return None  # none, or damaged: it is made again
 
 
 def _write_index(path: Path, stamps: list[list[Any]], index: _Index) -> None:
