@@ -225,6 +225,8 @@ def test_what_the_folder_decides(photos: Path, tmp_path: Path) -> None:
     assert "workers" not in resolved(small(), photos).to_dict()["data"]
     plain = make_folder(tmp_path, {"": 2})
     assert resolved(small(), plain).data.holdout == 3  # one of each class, though a fifth would be one
+    with pytest.raises(DataError, match="has no split named val or test, and only one image of each class, so none"):
+        resolved(small(), make_folder(tmp_path / "one", {"": 1}))
 
 
 def spoil(folder: Path) -> None:

@@ -347,7 +347,13 @@ def resolved(recipe: Recipe, root: str | Path | None) -> Recipe:
     train, test = _open(recipe, root)
     known = {"classes": len(train.classes) if section.classes is None else section.classes, "holdout": section.holdout}
     if section.holdout is None:  # a fifth, and enough for one image of each class
-        known["holdout"] = max(len(train.classes), round(len(train) / 5)) if test is None else 0
+        holdout = max(len(train.classes), round(len(train) / 5)) if test is None else 0
+        if holdout >= len(train):
+            raise DataError(
+                f"{root} has no split named val or test, and only one image of each class, so none can be held out; "
+                "add images."
+            )
+        known["holdout"] = holdout
     return recipe.model_copy(update={"data": section.model_copy(update=known)})
 
 
