@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import errno
+import io
+import os
 import re
+import resource
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from abste.cli import main
+from abste.train.progress import Progress
 from abste.train.recipe import builtin_recipes, load_recipe
 
 TINY = ["--threads", "1", "--set", "model.kwargs.width=4", "train.epochs=1"]
@@ -185,3 +191,58 @@ def test_quickstart(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypa
 def test_python_m_abste() -> None:
     done = subprocess.run([sys.executable, "-m", "abste", "--version"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.startswith("abste ")
+
+
+def test_a_lost_output_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main(["train", DIGITS, "--out", str(tmp_path / "r"), *TINY]) == 1
+    assert (tmp_path / "r" / "summary.json").exists() and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["file", "terminal"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), ValueError("I/O operation on closed file")])
+def test_progress_ends_where_nobody_can_read_it(error: Exception, live: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Lost(io.StringIO):
+        def write(self, text: str) -> int:
+            raise error
+
+        def isatty(self) -> bool:
+            return live
+
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr(sys, "stdout", None)
+    for progress in (Progress(stream=Lost(), every=0.0), Progress(stream=closed, every=0.0), Progress(every=0.0)):
+        progress.status("one")
+        progress.line("two")
+        assert not progress.enabled
+
+
+def close_output() -> None:
+    os.close(1)
+
+
+def fill_output() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "status", "message"),
+    [(close_output, 0, ""), (fill_output, 2, "abste: error: cannot write to standard output: File too large.\n")],
+)
+def test_commands_without_output(tmp_path: Path, spoil: Callable[[], None], status: int, message: str) -> None:
+    with open(tmp_path / "out", "wb") as out:
+        done = subprocess.run(
+            [sys.executable, "-B", "-m", "abste", "recipes"],
+            stdout=out,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            preexec_fn=spoil,
+        )
+    assert (done.returncode, done.stderr) == (status, message)

@@ -112,6 +112,13 @@ def test_predict(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["predict", "digits.abste", "large.jpg", "0.png"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "large.jpg:" and lines[4] == "0.png:" and len(lines) == 8
+    (folder / "bad.png").write_bytes(b"no image")
+    assert main(["predict", "digits.abste", "missing.png", "0.png", "bad.png", "1.png", "--top", "1"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[::2] == ["0.png:", "1.png:"] and len(captured.out.splitlines()) == 4
+    assert re.fullmatch(
+        r"abste: error: cannot read missing\.png: .*\nabste: error: cannot read bad\.png: .*\n", captured.err
+    )
     graph = abste_format.read((folder / "digits.abste").read_bytes())
     graph.classes = tuple(f"\x1b[31m{name}\N{SNOWMAN}" for name in net.classes or ())
     (folder / "odd.abste").write_bytes(abste_format.write(graph))
@@ -129,6 +136,10 @@ def test_predict(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["export", "nothing", "x.abste"], "nothing holds no run of abste"),
         (["export", "run", "no/where.abste"], "cannot write"),
+        (["export", "run", "."], "cannot write .: what is there is no regular file; give another path"),
+        (["export", "run", ""], "cannot write .: what is there is no regular file; give another path"),
+        (["export", "run", "empty/x.abste"], "cannot write empty/x.abste: Not a directory"),
+        (["export", "run", "zoo:mine"], "zoo:mine is the name of a network of the zoo, which is read only; give"),
         (["inspect", "missing.abste"], "cannot load missing.abste: No such file"),
         (["inspect", "run/recipe.toml"], "recipe.toml: this is not an .abste file"),
         (["inspect", "empty"], "cannot load empty: it is empty"),
@@ -137,8 +148,8 @@ def test_predict(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["verify", "run", "missing.abste"], "cannot read missing.abste: No such file"),
         (["verify", "run", "bit.abste"], "damaged"),
         (["verify", "run", "digits.abste", "--images", "0"], "must be at least 1, not 0"),
-        (["predict", "digits.abste", "missing.png"], "cannot read missing.png: it does not exist"),
-        (["predict", "digits.abste", "run/recipe.toml"], "it is no image that Pillow reads"),
+        (["predict", "digits.abste", "missing.png"], "cannot read missing.png: No such file"),
+        (["predict", "digits.abste", "run/recipe.toml"], "it is damaged, or no image that Pillow reads"),
         (["predict", "digits.abste", "a.png", "--top", "0"], "--top must be at least 1, not 0"),
         *[
             (["predict", "digits.abste", name], f"cannot read {name}: it has more than eight bits per channel")

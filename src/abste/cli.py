@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import json
 import os
@@ -31,9 +32,15 @@ _EXTRA = {
 }
 """The extra that a package comes with."""
 
+_NO_OUTPUT = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+"""What an error that names no file has, where it is standard output that cannot be written."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and give its exit status: 0, 2 for an error of the user's, 130 and 143 after a signal."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed when the process began
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, until the process ends
     for stream in (sys.stdout, sys.stderr):  # a name of a class must not fail where the output has no such letter
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
@@ -61,9 +68,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("abste: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except OSError as error:
+        if error.filename is not None or error.errno not in _NO_OUTPUT:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again at its end
+        if isinstance(error, BrokenPipeError):  # the reader, such as head, has seen enough
+            return 1
+        print(f"abste: error: cannot write to standard output: {error.strerror or error}.", file=sys.stderr)
+        return 2
 
 
 def _unknown_arguments(unknown: list[str], settable: bool) -> str:
@@ -454,6 +466,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         raise ConfigError("compare needs --out, the directory of the study.")
     from abste.report import compare_runs, read_finished, run_study
     from abste.train.files import write_atomic, write_json
+    from abste.train.progress import Progress
 
     status = 0
     if not arguments.report:
@@ -465,7 +478,7 @@ def _compare(arguments: argparse.Namespace) -> int:
                 jobs=arguments.jobs,
                 tasks=arguments.task,
                 max_minutes=arguments.max_minutes,
-                say=lambda line: print(line, flush=True),
+                say=Progress().line,
             )
         except KeyboardInterrupt:
             print("\nstopped; every run has written a checkpoint, and the same command goes on from there", flush=True)
@@ -617,7 +630,7 @@ def _hint_at_data(arguments: argparse.Namespace, checks: Sequence[Any]) -> None:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    from abste.errors import ConfigError
+    from abste.errors import ConfigError, DataError
     from abste.runtime import load
     from abste.runtime.image import classify
     from abste.runtime.inspect import printable
@@ -625,15 +638,21 @@ def _predict(arguments: argparse.Namespace) -> int:
     if arguments.top < 1:
         raise ConfigError(f"--top must be at least 1, not {arguments.top}.")
     network = load(arguments.file)
+    status = 0
     for image in arguments.images:
-        found = classify(network, image)[: arguments.top]
+        try:
+            found = classify(network, image)[: arguments.top]
+        except DataError as error:  # the others may be whole
+            print(f"abste: error: {error}", file=sys.stderr)
+            status = 2
+            continue
         if len(arguments.images) > 1:
             print(f"{image}:")
         found = [(printable(name), probability) for name, probability in found]
         width = max(len(name) for name, _ in found)
         for name, probability in found:
             print(f"{name:{width}}  {probability:7.2%}")
-    return 0
+    return status
 
 
 def _quickstart(arguments: argparse.Namespace) -> int:

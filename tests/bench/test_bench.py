@@ -20,7 +20,7 @@ from abste.deploy import format as abste_format
 from abste.deploy.graph import Graph, Kind, Node, Op, Step, StepKind, Value
 from abste.deploy.plan import plan
 from abste.errors import ConfigError
-from abste.runtime.network import Network, isas
+from abste.runtime.network import Network, isas, load
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +155,12 @@ def test_bench(path: Path) -> None:
     assert back["timings"][0]["time"]["calls"] >= 3 and back["versions"]["abste"]
 
 
+def test_memory_is_that_of_the_fastest(path: Path) -> None:
+    result = bench(path, threads=[1], seconds=0.1, isa=["scalar", load(path).isa], peer_names=["none"])
+    fastest = min(result.timings, key=lambda timing: timing.time.median).engine.removeprefix("abste ")
+    assert result.memory["packed"] == load(path, isa=fastest).packed_bytes
+
+
 def test_command(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "bench.json"
     options = ["--threads", "1", "--isa", "scalar", "--seconds", "0.05", "--peers", "none", "--json", str(target)]
@@ -176,6 +182,7 @@ def test_command(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--seconds", "-1"], "--batch, --threads and --seconds must be positive."),
         (["--isa", "avx9"], "isa: this machine has no 'avx9'"),
         (["--int8", "stemm"], "int8='stemm'; did you mean 'stem'"),
+        (["--peers", "none", "torch"], "--peers none stands alone; leave out 'none' or the other names."),
         (["--peers", "onxruntime"], "unknown peer 'onxruntime'; did you mean 'onnxruntime'"),
         (
             ["--seconds", "0.01", "--threads", "1", "--peers", "none", "--json", "no/where.json"],

@@ -3,8 +3,10 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -332,6 +334,13 @@ def test_images_of_every_kind(tmp_path: Path) -> None:
     assert images.shape == (8, 1, 16, 16) and torch.equal(pixels(images)[1], wanted(photo.convert("L")))
 
 
+def too_large(path: Path) -> None:
+    """What says that it has 20,000 x 20,000 pixels."""
+    data = path.read_bytes()
+    head = b"IHDR" + struct.pack(">II", 20_000, 20_000) + data[24:29]
+    path.write_bytes(data[:12] + head + struct.pack(">I", zlib.crc32(head)) + data[33:])
+
+
 SPOILED = {
     "cat/003.png": (lambda path: path.write_bytes(path.read_bytes()[:50]), "it is truncated"),
     "cat/007.png": (lambda path: path.write_bytes(b""), "it is damaged, or no image that Pillow reads"),
@@ -341,8 +350,9 @@ SPOILED = {
         lambda path: Image.fromarray(np.zeros((9, 9), np.uint16)).save(path),
         "it has more than eight bits per channel",
     ),
+    "dog/006.png": (too_large, "it has more than the 178,956,970 pixels that Pillow takes"),
 }
-BAD = {3, 7, 11, 15, 17}
+BAD = {3, 7, 11, 15, 17, 19}
 
 
 @pytest.fixture
@@ -397,7 +407,7 @@ def test_unreadable_images_are_left_out_on_request(spoiled: ImageFiles, workers:
 def test_where_no_image_can_be_read(spoiled: ImageFiles) -> None:
     bad = spoiled.select(torch.tensor(sorted(BAD)))
     source = evaluation(bad, 2, on_error="skip")
-    assert list(source.epoch(0)) == [] and len(source.unreadable) == 5
+    assert list(source.epoch(0)) == [] and len(source.unreadable) == 6
     with pytest.raises(
         DataError, match=r"images in a row of data set 'folder' cannot be read, the last of them .*png: "
     ):

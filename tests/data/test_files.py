@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from photos import CLASSES, make_folder, noise
 from torchvision.datasets import ImageFolder
 
 import abste.data.shards as shards_module
-from abste.data import FILE_SETS, hold_out, open_files, write_shards
+from abste.data import FILE_SETS, FileSplits, hold_out, open_files, write_shards
 from abste.errors import ConfigError, DataError
 from abste.train.recipe import DATA_FILES
 
@@ -128,6 +130,19 @@ def one_class(root: Path) -> None:
             shutil.rmtree(root / split / name)
 
 
+def loop(root: Path) -> None:
+    (root / "train" / "cat" / "loop").symlink_to(".")
+
+
+def loop_above(root: Path) -> None:
+    (root / "train" / "cat" / "loop").symlink_to("../..")
+
+
+def not_utf8(root: Path) -> None:
+    for split in ("train", "val"):
+        (root / split / "cat").rename(os.fsdecode(os.fsencode(root / split) + b"/c\xe4t"))
+
+
 LAYOUT = r"train/CLASS/\*.jpg and val/CLASS/\*.jpg, or CLASS/\*.jpg alone\.$"
 
 
@@ -146,6 +161,9 @@ LAYOUT = r"train/CLASS/\*.jpg and val/CLASS/\*.jpg, or CLASS/\*.jpg alone\.$"
         (empty_class, "Class 'fox' has no images in .*train .*.jpg, .*; add some, or remove the class"),
         (one_class, "train has images of one class alone, 'cat'; give at least two"),
         (copied, "The image .*train/dog/train001.jpg is in .*val too; remove one of them"),
+        (loop, "train/cat/loop is reached by a link from within itself, so its images have no end; remove it"),
+        (loop_above, "cat/loop/train/cat is reached by a link from within itself"),
+        (not_utf8, r"The class 'c\\udce4t' in .*train is no name in UTF-8; rename its folder"),
     ],
 )
 def test_errors_of_folders(folder: Path, spoil: Callable[[Path], object], message: str) -> None:
@@ -153,6 +171,32 @@ def test_errors_of_folders(folder: Path, spoil: Callable[[Path], object], messag
     with pytest.raises(DataError, match=message) as caught:
         open_files("folder", folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (("Train", "Val"), ("Train", "train")),
+        (("training", "validation"), ("training", "train")),
+        (("train", "valid"), ("valid", "val")),
+        (("train", "VAL"), ("VAL", "val")),
+        (("train", "Testing"), ("Testing", "test")),
+    ],
+)
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_splits_under_other_names(
+    folder: Path, shards: Path, kind: str, names: tuple[str, str], told: tuple[str, str]
+) -> None:
+    root = folder if kind == "folder" else shards
+    for split, name in zip(("train", "val"), names, strict=True):
+        (root / split).rename(root / name)
+    with pytest.raises(DataError, match=f"has the folder '{told[0]}' where a split is called '{told[1]}'; rename it"):
+        open_files(kind, root)
+
+
+def test_classes_may_be_called_as_splits_are(tmp_path: Path) -> None:
+    root = make_folder(tmp_path, {"": 1}, classes=("Test", "Training", "validation"))
+    assert open_files("folder", root).train.classes == ("Test", "Training", "validation")
 
 
 def test_the_same_name_is_not_the_same_image(folder: Path) -> None:
@@ -192,11 +236,15 @@ def test_the_index_is_kept_until_shards_change(shards: Path, monkeypatch: pytest
     again = open_files("shards", shards).train
     assert len(scans) == 2 and again.fingerprint() == first.fingerprint() and again.read(7) == first.read(7)
     index = shards / "train" / shards_module.INDEX
-    index.write_bytes(index.read_bytes()[:100])  # damaged
+    whole = index.read_bytes()
+    index.write_bytes(whole[:100])  # damaged
     assert open_files("shards", shards).train.read(7) == first.read(7) and len(scans) == 3
+    method = whole.index(b"PK\x01\x02") + 10  # of compression, which no zip file has so
+    index.write_bytes(whole[:method] + b"\x63" + whole[method + 1 :])
+    assert open_files("shards", shards).train.read(7) == first.read(7) and len(scans) == 4
     pack(shards / "train" / "000001.tar", {"a.jpg": jpeg(5), "a.cls": b"2"})
     changed = open_files("shards", shards).train
-    assert len(scans) == 4 and len(changed) == 8 and changed.read(5) == jpeg(5)
+    assert len(scans) == 5 and len(changed) == 8 and changed.read(5) == jpeg(5)
     assert not list(shards.rglob("*.npz.*"))
     index.unlink()
     index.mkdir()  # cannot be replaced, as in a folder that cannot be written
@@ -302,6 +350,11 @@ def test_writing_shards(folder: Path, shards: Path, tmp_path: Path) -> None:
         write_shards(splits, shards)
     with pytest.raises(ConfigError, match="A shard of 0 images"):
         write_shards(splits, tmp_path / "x", images=0)
+    for name in (" cat", "cat\n", "c\nat", "c\x1cat"):
+        odd = FileSplits(replace(splits.train, classes=(name, *CLASSES[1:])), None)
+        with pytest.raises(DataError, match=r"The class '.*' has a line break, or space at an end, .*; rename it"):
+            write_shards(odd, tmp_path / "odd")
+        assert not (tmp_path / "odd").exists()
     missing = folder / "train" / "cat" / "train000.jpg"
     missing.unlink()
     with pytest.raises(DataError, match=r"Cannot read .*train000.jpg: No such file"):

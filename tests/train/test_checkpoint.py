@@ -111,6 +111,22 @@ def test_other_model() -> None:
         check_state(Path("x"), {"b": wanted["b"]}, wanted)
 
 
+def test_atomic_writes_replace_files_alone(tmp_path: Path) -> None:
+    pipe, link, file = tmp_path / "pipe", tmp_path / "link", tmp_path / "deep" / "file"
+    os.mkfifo(pipe)
+    file.parent.mkdir()
+    link.symlink_to(file)
+    for content in (b"one", b"two"):  # at first there is nothing behind the link
+        write_atomic(link, content)
+        assert link.is_symlink() and file.read_bytes() == content
+    for path in (pipe, tmp_path, Path("/")):
+        with pytest.raises(RunError, match=f"^cannot write {path}: what is there is no regular file; give another"):
+            write_atomic(path, b"")
+    with pytest.raises(RunError, match=r"cannot write .*file/x: Not a directory"):
+        write_atomic(file / "x", b"")
+    assert pipe.is_fifo() and sorted(p.name for p in tmp_path.rglob("*")) == ["deep", "file", "link", "pipe"]
+
+
 def test_atomic_writes(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_atomic(path, b"one")

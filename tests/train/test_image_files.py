@@ -10,8 +10,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,10 @@ from torchvision.transforms import v2
 
 import abste
 from abste.cli import main
-from abste.data import open_files, write_shards
+from abste.data import Batches, ImageData, describe, open_files, write_shards
+from abste.deploy.runs import export_run
 from abste.errors import CheckpointError, ConfigError, DataError
-from abste.runtime.image import read_image
+from abste.runtime.image import classify, read_image
 from abste.train import Recipe, evaluate, fit, load_recipe
 from abste.train.run import RunDirectory, load_data, resolved
 
@@ -155,6 +157,62 @@ def test_prediction_sees_what_evaluation_sees(tmp_path: Path, size: tuple[int, i
     assert np.array_equal(np.rint(found * 255), wanted.numpy())
 
 
+@pytest.mark.parametrize("name", ["cifar10", "imagenet", "odd"])
+def test_prediction_normalises_as_evaluation_does(tmp_path: Path, name: str) -> None:
+    """To the bit: binary activations make another class of a last bit."""
+    known = describe("cifar10", name if name == "imagenet" else "dataset")
+    assert known is not None
+    mean, std = (known.mean, known.std) if name != "odd" else ((0.1234567, 0.0, 0.3333), (0.3, 1.0, 0.0123))
+    pixels = torch.randint(0, 256, (8, 3, 33, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    data = ImageData(pixels, torch.zeros(8, dtype=torch.int64), ("a", "b"), mean, std, name)
+    wanted, _ = next(Batches(data, 8, augment=None, seed=0, train=False).epoch(0))
+    network = Seen(mean, std)
+    for number, image in enumerate(pixels):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "x.png")
+        classify(network, tmp_path / "x.png")  # type: ignore[arg-type]
+        assert network.seen is not None and network.seen.dtype == np.float32
+        assert np.array_equal(network.seen, wanted[number : number + 1].numpy())
+
+
+class Seen:
+    """A network that keeps its input; mean and std in float32, as files have them."""
+
+    inputs, outputs = (SimpleNamespace(shape=(3, 33, 32)),), (SimpleNamespace(shape=(2,)),)
+    metadata: Mapping[str, Any] = {}
+    classes = ("a", "b")
+    seen: Any = None
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        self.normalization = np.float32(mean), np.float32(std)
+
+    def __call__(self, images: Any) -> Any:
+        self.seen = images
+        return np.zeros((1, 2), np.float32)
+
+
+def test_images_that_pillow_does_not_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(path: Path) -> Any:
+        return read_image(path, (3, 12, 12))
+
+    image = noise(1, 12, 12).quantize(8)
+    image.save(tmp_path / "x.png", transparency=b"\x00\x80")  # of which Pillow warns
+    assert np.array_equal(np.rint(read(tmp_path / "x.png") * 255), v2.PILToTensor()(image.convert("RGB")).numpy())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    read(tmp_path / "x.png")  # and of this, before it is opened
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    with pytest.raises(DataError, match=r"cannot read .*x.png: it has more than the 100 pixels that Pillow takes\.$"):
+        read(tmp_path / "x.png")
+    with pytest.raises(DataError, match=f"cannot read {tmp_path}: Is a directory"):
+        read(tmp_path)
+
+    def fail(file: Any) -> Any:
+        raise RuntimeError("a decoder's own")
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(DataError, match=r"x.png: it is damaged, or no image that Pillow reads"):
+        read(tmp_path / "x.png")
+
+
 def test_what_the_folder_decides(photos: Path, tmp_path: Path) -> None:
     with_test = resolved(small(), photos)
     assert (with_test.data.classes, with_test.data.holdout) == (3, 0)
@@ -167,6 +225,8 @@ def test_what_the_folder_decides(photos: Path, tmp_path: Path) -> None:
     assert "workers" not in resolved(small(), photos).to_dict()["data"]
     plain = make_folder(tmp_path, {"": 2})
     assert resolved(small(), plain).data.holdout == 3  # one of each class, though a fifth would be one
+    with pytest.raises(DataError, match="has no split named val or test, and only one image of each class, so none"):
+        resolved(small(), make_folder(tmp_path / "one", {"": 1}))
 
 
 def spoil(folder: Path) -> None:
@@ -213,6 +273,26 @@ def test_other_data_than_the_run_began_with(photos: Path, tmp_path: Path) -> Non
     ):
         evaluate(tmp_path / "r", mine)
     fit(small("data.workers=0"), photos, tmp_path / "r", resume=True, progress=False)  # where it is does not matter
+
+
+def test_a_hold_out_of_changed_files_is_not_evaluated_on(tmp_path: Path) -> None:
+    photos = make_folder(tmp_path / "photos", {"": 8})
+    fit(small("data.workers=0", "train.epochs=1"), photos, tmp_path / "r", progress=False)
+    assert evaluate(tmp_path / "r", photos)["split"] == "held_out"
+    for name in CLASSES:
+        noise(90).save(photos / name / "!new.jpg")
+    message = r"the images of .*photos are not those that run .*r began with, .* trained on some that are held out now"
+    for use in (
+        lambda: evaluate(tmp_path / "r", photos),
+        lambda: export_run(tmp_path / "r", tmp_path / "x.abste", photos),
+    ):
+        with pytest.raises(DataError, match=message):
+            use()
+    assert not (tmp_path / "x.abste").exists()
+    data = json.loads((tmp_path / "r" / "data.json").read_text())
+    del data["fingerprint"]  # as of earlier versions
+    (tmp_path / "r" / "data.json").write_text(json.dumps(data))
+    assert evaluate(tmp_path / "r", photos)["split"] == "held_out"
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from abste.train import Recipe, evaluate, fit, load_recipe, load_run, loop
 from abste.train.checkpoint import load_checkpoint
 from abste.train.recipe import ScheduleSection, make_recipe
 from abste.train.run import build_model, evaluation_batches, load_data
-from abste.train.setup import lr_factor, make_optimizer
+from abste.train.setup import check_model, lr_factor, make_optimizer
 
 Tiny = Callable[..., Recipe]
 
@@ -405,6 +405,10 @@ def test_resume_before_the_first_checkpoint(tiny: Tiny, tmp_path: Path, outcome:
     [
         (["model.name=resnet9"], ConfigError, "resnet9"),
         (["model.kwargs.wdth=4"], ConfigError, "wdth"),
+        (["model.kwargs.num_classes=1"], ConfigError, "gives an image 1 logits, but data.classes is 10; leave model"),
+        (["model.kwargs.num_classes=12"], ConfigError, "gives an image 12 logits, but data.classes is 10"),
+        (["train.batch_size=1"], ConfigError, "'resnet8' cannot be trained on one image at a time, since a"),
+        (["train.batch_size=4", "train.accumulate=4"], ConfigError, "or a smaller train.accumulate"),
         (["data.name=digit"], ConfigError, "did you mean 'digits'"),
         (["optimizer.name=muon", "binarize=none"], ConfigError, "finds nothing to train: binarise weights, or set"),
         (["optimizer.name=bop", "binarize=none"], ConfigError, "no trainable binary weight that could flip"),
@@ -425,6 +429,15 @@ def test_what_does_not_fit_leaves_nothing(
     with pytest.raises(error, match=message):
         fit(tiny(*overrides), None, tmp_path / "r")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_checking_a_network_leaves_it_as_it_is(tiny: Tiny) -> None:
+    module, _ = build_model(tiny())
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    check_model(module, tiny(), 2)
+    with pytest.raises(ConfigError, match="cannot be trained on one image at a time"):
+        check_model(module, tiny(), 1)
+    assert module.training and all(torch.equal(before[name], t) for name, t in module.state_dict().items())
 
 
 @pytest.mark.parametrize("override", ["model.name=resnet9", "model.kwargs.wdth=4"])

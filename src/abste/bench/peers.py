@@ -225,7 +225,7 @@ def chosen(names: Iterable[str] | None) -> list[Peer]:
     """The peers of these names; ``["all"]`` are all of them, ``["none"]`` none, None the usual ones.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: an unknown name, or "all" or "none" beside others.
     """
     names = list(USUAL if names is None else names)
     if names == ["all"]:
@@ -233,6 +233,8 @@ def chosen(names: Iterable[str] | None) -> list[Peer]:
     if names == ["none"]:
         return []
     for name in names:
+        if name in ("all", "none"):
+            raise ConfigError(f"--peers {name} stands alone; leave out {name!r} or the other names.")
         if name not in PEERS:
             raise ConfigError(f"unknown peer {name!r}; {nearest(name, [*PEERS, 'all', 'none'])}")
     return [PEERS[name] for name in names]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import io
 import multiprocessing.util  # noqa: F401 (its exit handler, which ends workers, must be registered before ours)
 import os
 import signal
@@ -18,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from abste._decode import Unreadable, decode
 from abste.data.batches import BatchSource, share, stream_seed
 from abste.data.files import ImageFiles
-from abste.data.transforms import Unreadable, Views, decode, seeded
+from abste.data.transforms import Views, seeded
 from abste.errors import ConfigError, DataError, nearest
 
 ON_ERROR = ("raise", "skip")
@@ -81,7 +83,7 @@ class _Reader(Dataset[_Read]):
         for behind in range(tries):
             index = self._index(epoch, (position + behind) % len(self.data))
             try:
-                image = decode(self.data.read(index), self.data.channels)
+                image = decode(io.BytesIO(self.data.read(index)), self.data.channels)
             except OSError as error:
                 unreadable[self.data.path(index)] = error.strerror or str(error)
             except Unreadable as error:

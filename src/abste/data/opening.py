@@ -61,6 +61,7 @@ def open_files(
         if not folder.is_dir():
             what = f"{folder} is a file" if folder.exists() else f"There is no folder {folder}"
             raise DataError(f"{what}; give a folder with {layout}.")
+        _check_split_names(folder)
         tests = [test for test in TESTS if (folder / test).is_dir()]
         if not (folder / TRAIN).is_dir():
             if tests:
@@ -80,6 +81,20 @@ def open_files(
     return FileSplits(train, test[0] if test else None)
 
 
+_OTHER_NAMES = {"training": TRAIN, "valid": "val", "validation": "val", "testing": "test"}
+
+
+def _check_split_names(folder: Path) -> None:
+    """No split goes by another name, which would make a class of it, or pass it over."""
+    for name in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()):
+        meant = _OTHER_NAMES.get(name.lower(), name.lower())
+        if meant == name or meant not in (TRAIN, *TESTS):
+            continue
+        # A class may well be called so, but it holds images, and not folders or shards.
+        if any(_visible(e.name for e in os.scandir(folder / name) if e.is_dir() or e.name.endswith(".tar"))):
+            raise DataError(f"{folder} has the folder '{name}' where a split is called '{meant}'; rename it so.")
+
+
 def _check_classes(splits: list[Listing]) -> None:
     """Each class has images in each split, and there are two classes at least."""
     train = splits[0]
@@ -97,6 +112,11 @@ def _check_classes(splits: list[Listing]) -> None:
                     f"Class '{name}' has no images in {split.where} (files named {', '.join(EXTENSIONS)}); "
                     "add some, or remove the class."
                 )
+    for name in train.classes:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"The class {name!r} in {train.where} is no name in UTF-8; rename its folder.") from None
     if len(train.classes) < 2:
         raise DataError(f"{train.where} has images of one class alone, '{train.classes[0]}'; give at least two.")
 
@@ -151,7 +171,13 @@ def _images(folder: str) -> Iterator[str]:
         raise error
 
     found: list[tuple[str, list[str]]] = []
+    above: dict[str, list[tuple[int, int]]] = {}  # each folder and those that it lies in
     for inner, folders, files in os.walk(folder, followlinks=True, onerror=stop):
+        stat = os.stat(inner)
+        this, outer = (stat.st_dev, stat.st_ino), above.get(os.path.dirname(inner), [])
+        if this in outer:
+            raise DataError(f"{inner} is reached by a link from within itself, so its images have no end; remove it.")
+        above[inner] = [*outer, this]
         folders[:] = _visible(folders)
         found.append((inner, _visible(files)))
     for inner, files in sorted(found):

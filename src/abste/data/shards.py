@@ -13,7 +13,6 @@ import io
 import json
 import os
 import tarfile
-import zipfile
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -218,8 +217,8 @@ def _read_index(path: Path, stamps: list[list[Any]]) -> _Index | None:
                 return None
             names, labels = (_unpacked(kept[f"{what}_text"], kept[f"{what}_ends"]) for what in ("names", "labels"))
             return _Index(kept["shard"], kept["offset"], kept["size"], names, labels)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # none, or no longer whole: it is made again
+    except Exception:  # NumPy and zipfile have many words for what is no longer whole
+        return None  # none, or damaged: it is made again
 
 
 def _write_index(path: Path, stamps: list[list[Any]], index: _Index) -> None:
@@ -259,10 +258,16 @@ def write_shards(splits: FileSplits, root: str | Path, *, images: int = 1000) ->
 
     Raises:
         ConfigError: fewer than one image in a shard.
-        DataError: the folder is not empty, or cannot be written, or an image cannot be read.
+        DataError: the folder is not empty, or cannot be written, or an image cannot be read, or a class has a name that
+            does not survive in a line of text.
     """
     if images < 1:
         raise ConfigError(f"A shard of {images} images holds nothing; give 1 or more.")
+    for name in splits.train.classes:
+        if name.strip() != name or name.splitlines() != [name]:
+            raise DataError(
+                f"The class {name!r} has a line break, or space at an end, which {CLASSES} cannot hold; rename it."
+            )
     root = Path(root)
     try:
         root.mkdir(parents=True, exist_ok=True)

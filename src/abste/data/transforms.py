@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -124,40 +122,6 @@ class Views:
 def default_resize(size: Sequence[int]) -> int:
     """The shorter side in evaluation for a crop of `size` (height and width)."""
     return round(max(size) * 8 / 7)
-
-
-class Unreadable(Exception):
-    """What is wrong with an image, in words."""
-
-
-def decode(data: bytes, channels: int) -> Any:
-    """An image file as an upright PIL image of 3 channels (RGB) or 1 (grey), eight bits each.
-
-    Raises:
-        Unreadable: it is no image that Pillow reads, is truncated, or has more than eight bits.
-    """
-    from PIL import ExifTags, Image, ImageOps
-
-    try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as file:
-            image: Any = file
-            warnings.simplefilter("ignore")  # of odd metadata, which is none of ours
-            image.load()
-            if image.mode.startswith(("I", "F")):
-                raise Unreadable("it has more than eight bits per channel")
-            if image.mode == "P" and "transparency" in image.info:
-                image = image.convert("RGBA")
-            if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-                image = ImageOps.exif_transpose(image)
-            mode = "RGB" if channels == 3 else "L"
-            return image if image.mode == mode else image.convert(mode)
-    except Unreadable:
-        raise
-    except Exception as error:  # Pillow's readers of damaged files raise whatever their parsing comes to
-        reason = (
-            "it is truncated" if "truncated" in str(error).lower() else "it is damaged, or no image that Pillow reads"
-        )
-        raise Unreadable(reason) from error
 
 
 @contextlib.contextmanager

@@ -18,9 +18,10 @@ from abste.deploy.graph import Graph
 from abste.deploy.lowering import PackReport, check_metadata, lower
 from abste.deploy.twins import TWINNED, float_copy, round_to_half
 from abste.deploy.verification import Constants, Verification, compare_constants, random_batches, verify
-from abste.errors import ConversionError
+from abste.errors import ConfigError, ConversionError
 from abste.runtime.network import Int8, Network
 from abste.train.files import write_atomic
+from abste.zoo import PREFIX
 
 Batch = tuple[Tensor, Tensor | None]
 Data = tuple[str, Iterable[Batch]]
@@ -129,12 +130,15 @@ def export(
         ConversionError: the model cannot be lowered, the file does not compute what the model does, or what it shall
             say of itself is not of these types.
         RunError: the file cannot be written.
+        ConfigError: ``path`` begins with ``zoo:``.
     """
     check_metadata(metadata)
     try:
         path = Path(os.fsdecode(path))
     except TypeError:
         raise ConversionError(f"the path of the file must be a str or a Path, not {type(path).__name__}.") from None
+    if str(path).startswith(PREFIX):  # a file of that name could not be read again
+        raise ConfigError(f"{path} is the name of a network of the zoo, which is read only; give the path of a file.")
     if float16:
         metadata = {**(metadata or {}), "float16": True}  # the file says it, and can be verified
     lowered = lower(

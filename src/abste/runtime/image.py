@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from abste.errors import DataError, FormatError
+from abste._decode import Unreadable, decode
+from abste.errors import ConfigError, DataError, FormatError
 from abste.runtime.network import Network
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -26,45 +27,53 @@ def read_image(path: str | os.PathLike[str], shape: tuple[int, ...], resize: int
         (C, H, W) float32.
 
     Raises:
-        DataError: the file is missing, no image, or has more than eight bits per channel; Pillow is missing.
+        DataError: the file is missing, no image, too large, or has more than eight bits per channel.
+        ConfigError: Pillow is missing.
         FormatError: the network does not take images.
     """
+    return np.asarray(_pixels(path, shape, resize), np.float32) / 255
+
+
+def _pixels(path: str | os.PathLike[str], shape: tuple[int, ...], resize: int | None) -> Array:
+    """See :func:`read_image`; (C, H, W) uint8."""
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
-        raise DataError("reading images needs Pillow; install it with: pip install 'abste[image]'") from error
+        raise ConfigError("reading images needs Pillow; install it with: pip install 'abste[image]'") from error
     if len(shape) != 3 or shape[0] not in (1, 3):
         raise FormatError(f"this network takes inputs of shape {shape}, not images.")
     try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):  # Pillow would make all above 255 white
-                raise DataError(
-                    f"cannot read {os.fspath(path)}: it has more than eight bits per channel; convert it to eight."
-                )
-            upright = ImageOps.exif_transpose(image).convert("RGB" if shape[0] == 3 else "L")
-            height, width = shape[1:]
-            if resize is None:
-                fitted = ImageOps.fit(upright, (width, height), Image.Resampling.BILINEAR)
-            else:
-                shorter = min(upright.size)
-                size = tuple(resize * side // shorter for side in upright.size)
-                left, top = (round((have - want) / 2) for have, want in zip(size, (width, height), strict=True))
-                scaled = upright.resize((size[0], size[1]), Image.Resampling.BILINEAR)
-                fitted = scaled.crop((left, top, left + width, top + height))
-            pixels = np.asarray(fitted, np.float32) / 255
-    except DataError:  # which is a ValueError, too
-        raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "it does not exist" if isinstance(error, FileNotFoundError) else "it is no image that Pillow reads"
-        raise DataError(f"cannot read {os.fspath(path)}: {reason}.") from error
-    return np.ascontiguousarray(pixels.reshape(shape[1], shape[2], shape[0]).transpose(2, 0, 1))
+        upright = decode(path, shape[0])
+    except Unreadable as error:
+        raise DataError(f"cannot read {os.fspath(path)}: {error}.") from error
+    height, width = shape[1:]
+    if resize is None:
+        fitted = ImageOps.fit(upright, (width, height), Image.Resampling.BILINEAR)
+    else:
+        shorter = min(upright.size)
+        size = tuple(resize * side // shorter for side in upright.size)
+        left, top = (round((have - want) / 2) for have, want in zip(size, (width, height), strict=True))
+        scaled = upright.resize((size[0], size[1]), Image.Resampling.BILINEAR)
+        fitted = scaled.crop((left, top, left + width, top + height))
+    pixels = np.asarray(fitted).reshape(height, width, shape[0])
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _normalised(pixels: Array, mean: Array, std: Array) -> Array:
+    """(C, H, W) uint8 to float32, with the bits that training's evaluation has, since binary activations make much of
+    the last one: one fused multiply-add of float32, which float64 holds, as `abste.data.BatchSource` computes it.
+    """
+    # The decimals that training had, of which the file has the nearest float32.
+    mean, std = (np.array([float(f"{value:.7g}") for value in values])[:, None, None] for values in (mean, std))
+    factor, offset = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
+    return (pixels * factor.astype(np.float64) + offset).astype(np.float32)
 
 
 def classify(network: Network, path: str | os.PathLike[str]) -> list[tuple[str, float]]:
     """The classes of an image file, with their probabilities (softmax of the logits), most likely first.
 
     Raises:
-        DataError: see :func:`read_image`.
+        DataError, ConfigError: see :func:`read_image`.
         FormatError: the network has several inputs or outputs, or gives no logits.
     """
     if len(network.inputs) != 1 or len(network.outputs) != 1 or len(network.outputs[0].shape) != 1:
@@ -72,10 +81,11 @@ def classify(network: Network, path: str | os.PathLike[str]) -> list[tuple[str, 
     shape = network.inputs[0].shape
     resize = network.metadata.get("resize")
     fits = isinstance(resize, int) and max(shape) <= resize <= 1 << 14
-    image = read_image(path, shape, resize if fits else None)
-    if network.normalization is not None:
-        mean, std = (values[:, None, None] for values in network.normalization)
-        image = (image - mean) / std
+    pixels = _pixels(path, shape, resize if fits else None)
+    if network.normalization is None:
+        image = np.asarray(pixels, np.float32) / 255
+    else:
+        image = _normalised(pixels, *network.normalization)
     logits = network(image[None])[0].astype(np.float64)
     odds = np.exp(logits - logits.max())
     probabilities = odds / odds.sum()

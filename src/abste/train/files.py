@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -26,17 +27,23 @@ def write_error(path: Path, error: OSError) -> RunError:
 def write_atomic(path: Path, data: bytes) -> None:
     """Replace ``path`` by ``data`` so that at any moment, power cuts included, it is the old file or the new one.
 
+    A symbolic link stays, and what it leads to is replaced.
+
     Raises:
-        RunError: the disk is full or the file cannot be written; ``path`` is as before and nothing else is left.
+        RunError: the disk is full, the file cannot be written, or something else than a file is there; ``path`` is as
+            before and nothing else is left.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
+    target = os.path.realpath(path)
+    if os.path.exists(target) and not os.path.isfile(target):  # a device or a pipe would be gone
+        raise RunError(f"cannot write {path}: what is there is no regular file; give another path.")
+    temporary = f"{target}.{os.getpid()}{TEMPORARY}"
     try:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
+        os.replace(temporary, target)
+        folder = os.open(os.path.dirname(target), os.O_RDONLY)
         try:
             os.fsync(folder)  # or the rename may not survive a power cut
         finally:
@@ -44,7 +51,8 @@ def write_atomic(path: Path, data: bytes) -> None:
     except OSError as error:
         raise write_error(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it was renamed, or could not be written, which is told
+            os.unlink(temporary)
 
 
 def write_json(path: Path, value: Any) -> None:

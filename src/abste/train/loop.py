@@ -53,7 +53,15 @@ from abste.train.run import (
     training_batches,
     weights_file,
 )
-from abste.train.setup import averaged_model, bfloat16_slowdown, compile_module, count_macs, lr_factor, make_optimizer
+from abste.train.setup import (
+    averaged_model,
+    bfloat16_slowdown,
+    check_model,
+    compile_module,
+    count_macs,
+    lr_factor,
+    make_optimizer,
+)
 from abste.train.sizes import check_sizes, image_size, resized
 
 _NEVER = 2**62  # a step that no run reaches
@@ -177,6 +185,7 @@ class _Loop:
         # What the weights started from; a checkpoint has weights of its own, and needs no other run.
         self.started = start_from_run(self.module, recipe) if fresh else None
         check_sizes(self.module, recipe)
+        check_model(self.module, recipe, self.batch_size // fabric.world_size // (settings.accumulate or 1))
         self.macs, self.macs_of_all_epochs = count_macs(self.module, recipe)
         self.module.to(self.device)
         if settings.channels_last:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from typing import TextIO
+from typing import Any, TextIO
 
 
 def duration(seconds: float) -> str:
@@ -19,7 +19,7 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Prints where a run is.
+    """Prints where a run is, as long as anybody can read it: a lost output, such as a closed pipe, ends no run.
 
     Args:
         enabled: False prints nothing (ranks other than 0).
@@ -28,9 +28,9 @@ class Progress:
     """
 
     def __init__(self, enabled: bool = True, stream: TextIO | None = None, every: float = 30.0) -> None:
-        self.enabled = enabled
-        self.stream = stream or sys.stdout
-        self.live = enabled and self.stream.isatty()
+        self.stream: TextIO | Any = stream or sys.stdout  # which is None where a process began without
+        self.enabled = enabled and self.stream is not None and not getattr(self.stream, "closed", False)
+        self.live = self.enabled and self.stream.isatty()
         self.every = every
         self._last = time.monotonic()
         self._width = 0
@@ -50,11 +50,17 @@ class Progress:
             return
         if self.live:
             self._rewrite("")
-        print(text, file=self.stream, flush=True)
+        self._write(f"{text}\n")
         self._last = time.monotonic()
 
     def _rewrite(self, text: str) -> None:
         text = text[: shutil.get_terminal_size().columns - 1]  # a wrapped line could not be rewritten
-        self.stream.write("\r" + text.ljust(self._width) + ("" if text else "\r"))
-        self.stream.flush()
+        self._write("\r" + text.ljust(self._width) + ("" if text else "\r"))
         self._width = len(text)
+
+    def _write(self, text: str) -> None:
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except (OSError, ValueError):  # nobody reads, no space is left, or it was closed
+            self.enabled = self.live = False

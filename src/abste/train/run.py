@@ -101,6 +101,7 @@ class _Data(_Table):
     mean: list[float]
     std: list[float]
     resize: int | None = None
+    fingerprint: dict[str, str] = {}
 
 
 class _Evaluated(_Table):
@@ -346,7 +347,13 @@ def resolved(recipe: Recipe, root: str | Path | None) -> Recipe:
     train, test = _open(recipe, root)
     known = {"classes": len(train.classes) if section.classes is None else section.classes, "holdout": section.holdout}
     if section.holdout is None:  # a fifth, and enough for one image of each class
-        known["holdout"] = max(len(train.classes), round(len(train) / 5)) if test is None else 0
+        holdout = max(len(train.classes), round(len(train) / 5)) if test is None else 0
+        if holdout >= len(train):
+            raise DataError(
+                f"{root} has no split named val or test, and only one image of each class, so none can be held out; "
+                "add images."
+            )
+        known["holdout"] = holdout
     return recipe.model_copy(update={"data": section.model_copy(update=known)})
 
 
@@ -433,10 +440,11 @@ def data_description(run: RunDirectory, recipe: Recipe) -> Description | None:
 
 
 def load_run_data(run: RunDirectory, recipe: Recipe, root: str | Path | None) -> tuple[Images, Images, str]:
-    """As :func:`load_data`, for a network that was trained: whatever files there are now have the classes it knows.
+    """As :func:`load_data`, for a network that was trained: whatever files there are now have the classes it knows, and
+    what is held out of them is what the run held out.
 
     Raises:
-        DataError: they have others.
+        DataError: they have other classes, or other images are held out.
         RunError: data.json is damaged.
     """
     found = load_data(recipe, root)
@@ -447,6 +455,14 @@ def load_run_data(run: RunDirectory, recipe: Recipe, root: str | Path | None) ->
         raise DataError(
             f"class {number} is '{here}' in {root}, but '{there}' for run {run.path}; give data of the run's classes."
         )
+    _, evaluation, split = found
+    if split == "held_out" and isinstance(evaluation, ImageFiles):  # drawn again, from the files that are there now
+        held_out = (run.read_data() or {}).get("fingerprint", {}).get(split)
+        if held_out not in (None, evaluation.fingerprint()):
+            raise DataError(
+                f"the images of {root} are not those that run {run.path} began with, so it may have been trained on "
+                "some that are held out now; give the images as they were."
+            )
     return found
 
 

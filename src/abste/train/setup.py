@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import time
+from copy import deepcopy
 
 import torch
 from torch import nn
@@ -96,6 +97,38 @@ def make_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         return first
     other = section.rest or "sgd"
     return Combined(first, plain[other](rest, lr=section.lr, **section.plain_arguments(other)))
+
+
+def check_model(module: nn.Module, recipe: Recipe, images: int) -> None:
+    """See that the network fits the classes and trains on so few images, by a forward of one; it stays as it is.
+
+    Args:
+        module: the network, on the CPU.
+        recipe: what it is trained as.
+        images: that a step gives it at once, at least.
+
+    Raises:
+        ConfigError: it gives other logits than one for each class, or a batch norm is left with one value per channel.
+    """
+    copy = deepcopy(module).eval()
+    channels, *full = recipe.data.image_shape
+    with torch.no_grad():
+        logits = copy(torch.zeros(1, channels, *full))
+        if logits.shape != (1, recipe.data.classes):
+            raise ConfigError(
+                f"the network '{recipe.model.name}' gives an image {math.prod(logits.shape)} logits, but data.classes "
+                f"is {recipe.data.classes}; leave model.kwargs.num_classes out."
+            )
+        if images > 1 or recipe.train.sync_batch_norm:  # which counts the images of other processes too
+            return
+        try:
+            for size in image_sizes(recipe):
+                copy.train()(torch.zeros(1, channels, *size))
+        except ValueError as error:
+            raise ConfigError(
+                f"the network '{recipe.model.name}' cannot be trained on one image at a time, since a batch norm would "
+                "have one value per channel; give a larger train.batch_size, or a smaller train.accumulate."
+            ) from error
 
 
 def averaged_model(module: nn.Module, recipe: Recipe) -> AveragedModel | None:
