@@ -256,15 +256,14 @@ def sentences(result: SettingResult, control: str) -> list[str]:
     level = [arm for arm in others if arm.p_holm is not None and arm.p_holm >= ALPHA]
     if level:
         found.append(f"Not shown to differ from {control}: {', '.join(arm.arm for arm in level)}.")
-        figures = {f"{arm.detectable:.2f}": arm for arm in level if arm.detectable and math.isfinite(arm.detectable)}
-        if len(figures) == 1:
-            (figure,) = figures
-            found[-1] += f" With these seeds a true difference of {figure} points would have been found with "
-        elif figures:
-            each = " and ".join(f"{arm.detectable:.2f} ({arm.arm})" for arm in level)
-            found[-1] += f" With these seeds true differences of {each} points would have been found with "
-        if figures:
-            found[-1] += f"probability {POWER:g}; smaller ones may exist."
+        figures = [f"{arm.detectable:.2f}" for arm in level if arm.detectable and math.isfinite(arm.detectable)]
+        if figures:  # of all or of none: it is one spread
+            each = " and ".join(f"{figure} ({arm.arm})" for figure, arm in zip(figures, level, strict=True))
+            what = f"a true difference of {figures[0]}" if len(set(figures)) == 1 else f"true differences of {each}"
+            found[-1] += (
+                f" With these seeds {what} points would have been found with probability {POWER:g}; smaller ones may "
+                "exist."
+            )
     adjusted = holm([difference.p for difference in result.shape.values()])
     for (name, difference), p in zip(result.shape.items(), adjusted, strict=True):
         if difference.n < 2:
