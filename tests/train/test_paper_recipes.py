@@ -124,17 +124,24 @@ def test_binary_ones_differ_in_model_and_binarisation_alone(network: str, bits: 
 
 
 def test_the_page_says_what_the_recipes_do(repo_root: Path) -> None:
-    fast, vgg, large, paper, long = (
+    fast, bits, vgg, large, paper, long = (
         load_recipe(f"cifar10-{name}")
-        for name in ("resnet20-w1a1", "vgg-small-w1a1", "resnet18-w1a1", "resnet20-w1a1-paper", "resnet18-w1a1-paper")
+        for name in (
+            *("resnet20-w1a32", "resnet20-w1a1", "vgg-small-w1a1"),
+            *("resnet18-w1a1", "resnet20-w1a1-paper", "resnet18-w1a1-paper"),
+        )
     )
+    assert bits.train.image_sizes == vgg.train.image_sizes == []
+    assert (fast.schedule.warmup, bits.schedule.warmup) == (1 / 5, 1 / 10)
     assert fast.optimizer.muon_filters and large.train.image_sizes == fast.train.image_sizes == [[0, 24], [0.5, 32]]
     rows = [
         f"| epochs, batch | {fast.train.epochs}, {fast.train.batch_size}; VGG-Small: {vgg.train.epochs}; "
         f"ResNet-18: {large.train.epochs} | "
         f"{paper.train.epochs}, {paper.train.batch_size}; ResNet-18: {long.train.epochs}, {long.train.batch_size} |",
-        f"| optimizer of convolutions and latents | Muon, {fast.optimizer.latent_lr} | as all else |",
-        f"| of all else | SGD, {fast.optimizer.lr}, Nesterov {fast.optimizer.momentum} | SGD, {paper.optimizer.lr}, "
+        f"| optimizer of convolutions and latents | Muon, {fast.optimizer.latent_lr}; "
+        f"ResNet-20 W1A1: {bits.optimizer.latent_lr} | as all else |",
+        f"| of all else | SGD, {fast.optimizer.lr}; ResNet-20 W1A1: {bits.optimizer.lr}; Nesterov "
+        f"{fast.optimizer.momentum} | SGD, {paper.optimizer.lr}, "
         f"momentum {paper.optimizer.momentum}, no Nesterov |",
         f"| weight decay | {mantissa(fast.optimizer.weight_decay)}, of weights | "
         f"{mantissa(paper.optimizer.weight_decay)}, of all parameters (`decay_norms`) |",

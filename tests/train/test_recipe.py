@@ -35,10 +35,15 @@ def test_optional_keys_default_to_none() -> None:
 
 @pytest.mark.parametrize(
     ("binary", "allowed"),
-    [("cifar10-resnet20-w1a32", {"binarize"}), ("cifar10-resnet20-w1a1", {"binarize", "model"})],
+    [
+        ("cifar10-resnet20-w1a32", {"binarize"}),
+        ("cifar10-vgg-small-w1a1", {"binarize"}),
+        ("cifar10-resnet18-w1a1", {"binarize", "model"}),
+        ("cifar10-resnet20-w1a1", {"binarize", "model", "optimizer", "schedule", "train"}),  # docs/train.md says how
+    ],
 )
 def test_binary_recipes_differ_only_in_binarisation(binary: str, allowed: set[str]) -> None:
-    a, b = load_recipe("cifar10-resnet20-float").to_dict(), load_recipe(binary).to_dict()
+    a, b = load_recipe(f"{binary.rsplit('-', 1)[0]}-float").to_dict(), load_recipe(binary).to_dict()
     differing = {key for key in a.keys() | b.keys() if a.get(key) != b.get(key)}
     assert differing == allowed | {"name", "description"}
 
