@@ -131,7 +131,7 @@ def test_the_page_says_what_the_recipes_do(repo_root: Path) -> None:
             *("resnet18-w1a1", "resnet20-w1a1-paper", "resnet18-w1a1-paper"),
         )
     )
-    assert bits.train.image_sizes == vgg.train.image_sizes == []
+    assert bits.train.image_sizes is vgg.train.image_sizes is None
     assert (fast.schedule.warmup, bits.schedule.warmup) == (1 / 5, 1 / 10)
     assert fast.optimizer.muon_filters and large.train.image_sizes == fast.train.image_sizes == [[0, 24], [0.5, 32]]
     rows = [
