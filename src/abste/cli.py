@@ -368,7 +368,9 @@ def _train(arguments: argparse.Namespace) -> int:
     import torch.distributed as dist
 
     from abste.train import Interrupted, fit
+    from abste.train.setup import keep_freed_memory
 
+    keep_freed_memory()
     try:
         summary = fit(
             recipe,

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
 
 from abste import estimators
 from abste.estimators import Binarizer, EstimatorSchedule
@@ -73,6 +77,43 @@ def test_same_gradient_with_inductor(make: Make, dtype: torch.dtype) -> None:
     assert torch.equal(compiled(x)[same], everything(x)[same])
     # Inductor computes half precision in float32 and rounds once: eager is the less exact of the two.
     torch.testing.assert_close(gradient(compiled, x), gradient(everything, x))
+
+
+def kept_for_backward(function: Callable[[Tensor], Tensor], x: Tensor) -> set[torch.dtype]:
+    """The types of all that inductor's forward returns and keeps."""
+    kept: list[Tensor] = []
+
+    def forward(graph: torch.fx.GraphModule, _: Sequence[Tensor]) -> Callable[..., Any]:
+        (values,) = graph.graph.output_node().args
+        kept.extend(node.meta["val"] for node in values if isinstance(node, torch.fx.Node))  # type: ignore[union-attr]
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(
+        fw_compiler=forward,
+        bw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
+    )
+    torch.compile(function, backend=backend, fullgraph=True)(x.requires_grad_()).sum().backward()
+    return {value.dtype for value in kept}
+
+
+def test_no_mask_is_kept_on_a_cpu(name: str, make: Make) -> None:
+    """Inductor's code for masks in memory is slow there: they made a step with STE take twice as long."""
+    binarizer = make(name, role="activations" if "activations" in make(name).roles else "weights")
+    if not binarizer.is_sign:
+        pytest.skip("its binary values are a mask themselves, or random")
+    assert torch.bool not in kept_for_backward(lambda x: binarizer(x + 1.0), points(torch.bfloat16))
+
+
+def test_infinite_gradients_are_not_lost() -> None:
+    """A scaler of losses has to see them."""
+    ste = estimators.STE(t=1.0)
+    x = torch.tensor([0.5, -0.5, 2.0, -2.0, 0.5], requires_grad=True)
+    torch.compile(ste, backend="aot_eager", fullgraph=True)(x).backward(
+        torch.tensor([1.0, torch.inf, 1.0, -1.0, torch.nan])
+    )
+    torch.testing.assert_close(x.grad, torch.tensor([1.0, torch.inf, 0.0, 0.0, torch.nan]), equal_nan=True)
 
 
 def test_the_schedule_steps_without_recompilation(make: Make) -> None:
