@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 
 # Everything in benchmarks/ but what scripts share, what needs CIFAR-10, and what takes hours.
-BENCHMARKS = $(filter-out benchmarks/processes.py benchmarks/inference.py benchmarks/_%.py,$(sort $(wildcard benchmarks/*.py)))
+BENCHMARKS = $(filter-out benchmarks/processes.py benchmarks/memory_kept.py benchmarks/inference.py benchmarks/_%.py,$(sort $(wildcard benchmarks/*.py)))
 
 .PHONY: help quickstart install test test-slow fuzz lint format typecheck bench bench-inference docs clean
 .DELETE_ON_ERROR:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import platform
+import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,6 +23,7 @@ from torch import nn
 import abste
 import abste.models
 from abste.bench.report import processor
+from abste.train import load_recipe
 
 # Each binary network and the same network in full precision.
 NETWORKS: dict[str, tuple[str, dict[str, str] | None]] = {
@@ -110,6 +118,75 @@ def by_turns(functions: dict[str, Callable[[], object]], rounds: int, warm_up: i
             if i >= 0:
                 milliseconds[name].append(1e3 * (time.perf_counter() - start))
     return milliseconds
+
+
+class Launch(NamedTuple):
+    """A way to run ``abste train``: the command up to the recipe, and variables beside those there are."""
+
+    command: str
+    environment: Mapping[str, str] = MappingProxyType({})
+
+
+def launched_by_turns(
+    a: tuple[str, Launch], b: tuple[str, Launch], recipe: str, changes: Sequence[str], arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """How many times as fast as ``b`` a training launched as ``a`` runs, each with its name; whole commands, by turns.
+
+    Args:
+        a, b: the two.
+        recipe, changes: what is trained, and values for ``--set``.
+        arguments: of :func:`parse_launched`.
+    """
+    launches = dict((a, b))
+    speeds: dict[str, list[float]] = {name: [] for name in launches}
+    for turn in range(arguments.rounds):
+        for name in list(launches)[:: 1 if turn % 2 else -1]:
+            speeds[name].append(_images_per_second(launches[name], recipe, changes, arguments))
+    ratios = [ours / theirs for ours, theirs in zip(speeds[a[0]], speeds[b[0]], strict=True)]
+    result = {
+        "recipe": recipe,
+        "ratio": round(statistics.median(ratios), 3),
+        "ratios": [round(ratio, 3) for ratio in ratios],
+        "images_per_second": {name: round(statistics.median(values), 1) for name, values in speeds.items()},
+    }
+    print(json.dumps(result), flush=True)
+    return result
+
+
+def _images_per_second(
+    launch: Launch, recipe: str, changes: Sequence[str], arguments: argparse.Namespace, every: int = 5
+) -> float:
+    """The median over a run's lines of metrics, but for the first."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        options = ["--data", arguments.data, "--out", str(run), "--max-steps", str(arguments.steps)]
+        options += ["--set", f"train.log_every={every}", *changes]
+        command = [sys.executable, *launch.command.split(), recipe, *options]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **launch.environment})
+        if done.returncode:
+            sys.exit(done.stderr)
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        batch = load_recipe(run / "recipe.toml").train.batch_size
+    # Each line has the average speed since the start; what is between two lines shows the machine warm.
+    seconds = [line["step"] * batch / line["samples_per_second"] for line in lines]
+    return statistics.median(every * batch / (after - before) for before, after in itertools.pairwise(seconds))
+
+
+def parse_launched(description: str) -> argparse.Namespace:
+    """The options of a benchmark of whole commands, checked.
+
+    Args:
+        description: the script's docstring.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, metavar="DIR", help="where CIFAR-10 lies")
+    parser.add_argument("--rounds", type=int, default=5, help="default: 5")
+    parser.add_argument("--steps", type=int, default=40, help="steps of each command (default: 40)")
+    parser.add_argument("--out", type=Path, help="also write the figures here, as JSON")
+    arguments = parser.parse_args()
+    if arguments.rounds < 1 or arguments.steps < 15:
+        parser.error("--rounds must be at least 1 and --steps at least 15")
+    return arguments
 
 
 def save(result: dict[str, Any], out: Path | None) -> None:
