@@ -367,8 +367,7 @@ def _train(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, overrides)  # before torch is imported: a typo is answered at once
     import torch.distributed as dist
 
-    from abste.train import Interrupted, fit
-    from abste.train.setup import keep_freed_memory
+    from abste.train import Interrupted, fit, keep_freed_memory
 
     keep_freed_memory()
     try:

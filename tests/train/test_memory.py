@@ -11,7 +11,7 @@ import pytest
 FAULTS = """
 import resource, sys
 import torch
-from abste.train.setup import keep_freed_memory
+from abste.train import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 def faults():

@@ -10,14 +10,25 @@ from abste.train.recipe import Recipe, builtin_recipes, load_recipe
 if TYPE_CHECKING:
     from abste.train.loop import Interrupted, fit
     from abste.train.run import evaluate, load_run
+    from abste.train.setup import keep_freed_memory
 
-__all__ = ["Interrupted", "Recipe", "builtin_recipes", "evaluate", "fit", "load_recipe", "load_run"]
+__all__ = [
+    "Interrupted",
+    "Recipe",
+    "builtin_recipes",
+    "evaluate",
+    "fit",
+    "keep_freed_memory",
+    "load_recipe",
+    "load_run",
+]
 
 _LAZY = {
     "Interrupted": "abste.train.loop",
     "fit": "abste.train.loop",
     "evaluate": "abste.train.run",
     "load_run": "abste.train.run",
+    "keep_freed_memory": "abste.train.setup",
 }
 
 

@@ -52,10 +52,12 @@ def compile_module(module: nn.Module, recipe: Recipe, device: torch.device) -> n
 def keep_freed_memory() -> None:
     """Have this process keep memory that it frees, for its next step, rather than return it to the system.
 
-    By default glibc returns large tensors when they are freed, so that each step asks for them anew, page by page:
-    that takes a quarter of the time of a small network's step. It is set for the whole process, so that the program
-    does it and not the library; elsewhere than under glibc nothing happens. What the environment says
-    (``GLIBC_TUNABLES``, ``MALLOC_TRIM_THRESHOLD_``, ``MALLOC_MMAP_MAX_``) stays.
+    By default glibc returns large tensors when they are freed, and each step of training asks for them anew, page by
+    page, which takes a good part of a small network's step on a CPU. ``abste train`` calls this; a program of your own
+    may, once, before it trains. It concerns the whole process, which then stays as large as it has been at its largest.
+
+    Nothing happens without glibc, nor where the environment says something of malloc (``GLIBC_TUNABLES``,
+    ``MALLOC_TRIM_THRESHOLD_`` and the like).
     """
     asked = "".join(key for key in os.environ if key.startswith("MALLOC_")) + os.environ.get("GLIBC_TUNABLES", "")
     if not sys.platform.startswith("linux") or "malloc" in asked.lower():
