@@ -36,11 +36,10 @@ done. The forward is sign(x) (dotted) unless a section says otherwise. Some slop
 their figures assume Gaussian numbers of unit variance.
 
 In a loop of your own `abste.EstimatorSchedule` moves p: without it, what is scheduled stays at its start, and AB-Tanh
-is STE. Where to begin: `ab_tanh` for both. For long runs of
-residual networks leave activations as they are, with `normalize=False`: divided by their RMS,
-[channels fall silent](speed.md#channels-that-fall-silent). A constant blend of `ab_tanh` on activations, and `ste`
-there with `normalize=False`, are as good or better on ResNet-8 ([the study](study.md#what-wins-on-resnet-8)); on
-ResNet-20 the constant blend is worse. `siman` and
+is STE. Where to begin: `ab_tanh` for both. In long runs of residual networks look for
+[channels that fall silent](speed.md#channels-that-fall-silent); with `normalize=False` there are fewer. On ResNet-8
+`{name = "ab_tanh", blend = "constant"}` for activations, or `ste` with `normalize=False`, are as good or better
+([the study](study.md#what-wins-on-resnet-8)); on ResNet-20 the constant blend has gained nothing. `siman` and
 `magnitude_aware_sign` are for weights alone.
 
 What is plain fact and what is our own reading is said at each *Source*.
